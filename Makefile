@@ -1,0 +1,79 @@
+# make demo | test | test-all | bench | lint | sanitize | build | clean
+#
+# The first target that you ask for makes .venv, installs the pinned tools and builds the extension; after that, only what
+# changed is done again. PYTHON chooses the interpreter that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
+
+# Stamps live in .venv, so that they go when it goes.
+TOOLS := $(VENV)/.tools-installed
+BUILT := $(VENV)/.seqkern-built
+
+.PHONY: demo test test-all bench lint sanitize build clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILT)
+	$(PY) -m seqkern demo
+
+test: $(BUILT)
+	$(PY) -m pytest -q -m "not slow"
+
+test-all: $(BUILT)
+	$(PY) -m pytest -q
+	$(MAKE) sanitize
+
+bench: $(BUILT)
+	$(PY) -m pytest -q bench --benchmark
+	$(PY) -m bench.report
+
+lint: $(TOOLS)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+
+build: $(BUILT)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# torch and the build tools first: building without isolation needs them in place.
+$(TOOLS): constraints.txt pyproject.toml | $(PY)
+	$(PIP) install --quiet -c constraints.txt torch setuptools wheel cmake ninja
+	SEQKERN_EXTENSION=off $(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(BUILT): $(TOOLS) $(BUILD_INPUTS)
+	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# ---- The kernels under AddressSanitizer and UndefinedBehaviorSanitizer ------------------------------------------------
+# A copy of the package gets a sanitized extension; Python itself is not sanitized, so the runtime comes by LD_PRELOAD
+# (with libstdc++, or the sanitizer misses C++ exceptions), and leaks, which would be Python's, are not looked for.
+
+SANITIZE := build/sanitize
+SANITIZED_TESTS := tests/test_rnn.py tests/test_lstm.py tests/test_gru.py tests/test_cells.py tests/test_lengths.py \
+	tests/test_packed.py tests/test_threads.py
+
+sanitize: $(BUILT)
+	rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree
+	cp -r seqkern tests pyproject.toml $(SANITIZE)/tree
+	rm -f $(SANITIZE)/tree/seqkern/*.so
+	$(VENV)/bin/cmake -S . -B $(SANITIZE)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DSEQKERN_SANITIZE=address,undefined -DSEQKERN_CUDA=OFF \
+		-DSEQKERN_OUTPUT_DIR=$(abspath $(SANITIZE)/tree/seqkern)
+	$(VENV)/bin/cmake --build $(SANITIZE)/cmake
+	cd $(SANITIZE)/tree && \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(PY)) -m pytest -q -x -m "not slow" -p no:cacheprovider $(wildcard $(SANITIZED_TESTS))
+
+clean:
+	rm -rf build dist *.egg-info seqkern/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(BUILT)
+	find seqkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,44 @@
+"""python -m seqkern info | verify | demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+
+def print_info(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="python -m seqkern info", description=COMMANDS["info"][1]).parse_args(argv)
+    from seqkern.info import info
+
+    print(info())
+    return 0
+
+
+def in_train(name: str) -> Callable[[list[str]], int]:
+    """Training code is loaded only by the command that needs it."""
+    return lambda argv: import_module(f"seqkern.train.{name}").main(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "info": (print_info, "list backends, instruction sets, torch, Triton, CUDA, and what is missing and why"),
+    "verify": (in_train("verify"), "compare every layer with torch.nn and float64 on this machine"),
+    "demo": (in_train("demo"), "train a character model on torch.nn and on seqkern, side by side"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m seqkern",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help after the command")
+    options = parser.parse_args(argv)
+    return COMMANDS[options.command][0](options.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

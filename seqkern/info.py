@@ -1,0 +1,84 @@
+"""What this installation can do here: backends, instruction sets, torch, Triton, CUDA, and what is missing and why."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import torch
+
+from seqkern import _extension
+
+
+@dataclass(frozen=True)
+class Info:
+    """The answer of `seqkern.info()`; `print` it, or read its fields.
+
+    `backends` maps each backend to None where it runs and to the reason where it does not.
+    """
+
+    seqkern: str
+    python: str
+    torch: str
+    triton: str | None
+    backends: dict[str, str | None]
+    instruction_sets: list[str] = field(default_factory=list)
+    instruction_set: str | None = None
+    build: dict[str, object] = field(default_factory=dict)
+    cuda: str = ""
+
+    def __str__(self) -> str:
+        rows = [
+            ("seqkern", f"{self.seqkern}, Python {self.python}"),
+            ("torch", self.torch),
+            ("Triton", self.triton or "not installed"),
+            ("extension", self._extension_text()),
+            ("CPU", self._instruction_sets_text()),
+            ("CUDA", self.cuda.replace("\n", "\n" + " " * 12)),
+        ]
+        rows += [(f"  {name}", why_not or "ready") for name, why_not in self.backends.items()]
+        rows.insert(6, ("backends", ""))
+        return "\n".join(f"{name:<11} {text}".rstrip() for name, text in rows)
+
+    def _extension_text(self) -> str:
+        if not self.build:
+            return f"not used: {self.backends['cpu']}"
+        cuda = f"CUDA {self.build['cuda']} ({self.build['cuda_archs']})" if self.build["cuda"] else "no CUDA"
+        return f"built for torch {self.build['torch']} with {self.build['compiler']}, {cuda}"
+
+    def _instruction_sets_text(self) -> str:
+        if not self.instruction_sets:
+            return "no compiled kernels"
+        return f"{self.instruction_set} in use, of {', '.join(self.instruction_sets)}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def info() -> Info:
+    """Looks at this machine and this installation. Loads neither Triton nor a kernel; asks the CUDA driver, if any."""
+    from seqkern import __version__
+
+    extension = _extension._C
+    torch_cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    return Info(
+        seqkern=__version__,
+        python=platform.python_version(),
+        torch=f"{torch.__version__} ({torch_cuda}, {torch.get_num_threads()} threads)",
+        triton=_version("triton"),
+        backends={
+            "eager": None,
+            "cpu": _extension.WHY_NOT,
+            "cuda": "not written yet: this version has no CUDA kernels",
+            "triton": "not written yet: this version has no Triton kernels",
+        },
+        instruction_sets=extension.instruction_sets() if extension else [],
+        instruction_set=extension.instruction_set() if extension else None,
+        build=extension.build_info() if extension else {},
+        cuda=extension.cuda_status() if extension else "not asked: needs the compiled extension",
+    )
