@@ -1,7 +1,7 @@
-"""Calls CMake for the extension; everything else is in pyproject.toml, every source and flag in CMakeLists.txt.
+"""Calls CMake for the extension; sources and flags are in CMakeLists.txt, the rest in pyproject.toml.
 
-SEQKERN_EXTENSION=off leaves the extension out. Without CMake or a C++ compiler it is left out too, and the install
-succeeds: the package then runs on its eager backend and says so.
+SEQKERN_EXTENSION=off leaves the extension out. Without CMake or a C++ compiler it is left out too, and the
+install succeeds: the package then runs on its eager backend and says so.
 """
 
 import importlib.util

@@ -18,12 +18,6 @@ namespace {
 // extension of another torch may crash.
 [[gnu::used]] const char kBuiltForTorch[] = "seqkern was built for torch=" SEQKERN_TORCH_VERSION;
 
-std::string cuda_status() {
-  const std::string why_not = SEQKERN_CUDA_WHY_NOT;
-  if (!why_not.empty()) return "no CUDA kernels: " + why_not;
-  return seqkern::cuda::status();
-}
-
 }  // namespace
 
 TORCH_LIBRARY(seqkern, library) { (void)library; }
@@ -48,5 +42,5 @@ PYBIND11_MODULE(_C, module) {
     if (name != "baseline")
       throw std::invalid_argument("instruction set: expected baseline, got " + name);
   });
-  module.def("cuda_status", &cuda_status);
+  module.def("cuda_status", &seqkern::cuda::status);
 }

@@ -1,7 +1,7 @@
 """Loads the compiled module `seqkern._C` where it fits this torch, and says why where it does not.
 
-An extension built against one torch minor version calls into that one's C++ classes, so loading it under another may
-crash. Which torch it was built for is written in the file itself, and read here before the file is loaded.
+An extension built against one torch minor version calls into that one's C++ classes, so loading it under
+another may crash. Which torch it was built for is written in the file itself, and read before it is loaded.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def built_for(extension: Path) -> str | None:
         return found[1].decode() if found else None
 
 
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split("+")[0].split(".")[:2])
+def _minor(version: str) -> str:  # "2.13.0+cpu" -> "2.13"
+    return ".".join(version.split("+")[0].split(".")[:2])
 
 
 def mismatch(built: str | None, found: str) -> str | None:
@@ -47,9 +47,7 @@ def mismatch(built: str | None, found: str) -> str | None:
     if built is None:
         return "the extension does not say which torch it was built for: reinstall seqkern"
     if _minor(built) != _minor(found):
-        return (
-            f"built for torch {'.'.join(_minor(built))}, found {'.'.join(_minor(found))}: reinstall seqkern"
-        )
+        return f"built for torch {_minor(built)}, found {_minor(found)}: reinstall seqkern"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What this installation can do here: backends, instruction sets, torch, Triton, CUDA, and what is missing and why."""
+"""What this installation can do here: backends, instruction sets, torch, Triton, CUDA; what is missing, why."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _version(distribution: str) -> str | None:
 
 
 def info() -> Info:
-    """Looks at this machine and this installation. Loads neither Triton nor a kernel; asks the CUDA driver, if any."""
+    """What runs here, and why the rest does not. Imports no Triton; asks the CUDA driver, if there is one."""
     from seqkern import __version__
 
     extension = _extension._C
