@@ -1,4 +1,4 @@
-"""What this installation can do here: backends, instruction sets, torch, Triton, CUDA; what is missing, why."""
+"""What this installation can do here: backends, instruction sets, torch, Triton, CUDA; what is missing."""
 
 from __future__ import annotations
 

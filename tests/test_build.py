@@ -1,0 +1,178 @@
+"""The install: what is loaded, what is not, and what happens without an extension or with a wrong one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import seqkern
+from seqkern import _extension
+
+PACKAGE = Path(seqkern.__file__).parent
+ROOT = Path(__file__).parent.parent
+EXTENSION = _extension.find_extension(PACKAGE)
+
+needs_extension_file = pytest.mark.skipif(EXTENSION is None, reason="seqkern was built without its extension")
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh Python; `path` comes before every installed package."""
+    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, text=True, capture_output=True, timeout=300
+    )
+    assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
+    return run
+
+
+@pytest.fixture
+def package_copy(tmp_path: Path) -> Path:
+    """A directory with seqkern's Python files and no extension."""
+    shutil.copytree(PACKAGE, tmp_path / "seqkern", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.skipif(
+    not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("cmake")),
+    reason="no C++ compiler or no CMake on PATH",
+)
+def test_extension_is_there_where_it_can_be_built() -> None:
+    assert _extension.AVAILABLE, _extension.WHY_NOT
+
+
+@needs_extension_file
+def test_extension_file_names_its_torch() -> None:
+    built_for = _extension.built_for(EXTENSION)
+    assert built_for is not None
+    assert built_for.split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_one_openmp_runtime(tmp_path: Path) -> None:
+    """Two runtimes would be two thread pools that fight for the cores."""
+    libraries = python(
+        "import seqkern, torch; torch.ones(300, 300) @ torch.ones(300, 300)\n"
+        "files = {line.split()[-1] for line in open('/proc/self/maps')}\n"
+        "print('\\n'.join(f for f in files if any(n in f for n in ('libgomp', 'libiomp', 'libomp'))))",
+        cwd=tmp_path,
+    ).stdout.split()
+    assert len(libraries) == 1, libraries
+
+
+def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
+    python(
+        "import sys, torch; before = set(sys.modules); import seqkern\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = new & {'triton', 'matplotlib', 'tokenizers', 'transformers', 'pandas', 'hypothesis'}\n"
+        "assert not heavy, heavy\n"
+    XX
+        cwd=tmp_path,
+    )
+
+
+@needs_extension_file
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
+def test_extension_exports_nothing_of_ours() -> None:
+    """A symbol that is visible to other libraries could be replaced by theirs, or replace theirs."""
+    listing = subprocess.run(
+        ["nm", "-D", "-C", "--defined-only", str(EXTENSION)], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split(maxsplit=2)[2] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3]
+    assert "PyInit__C" in names
+    ours = [name for name in names if "seqkern" in name or name.startswith(("cuda", "cu"))]
+    assert not ours, ours
+
+
+def test_without_extension_it_says_so_once_and_works(package_copy: Path) -> None:
+    run = python(
+        "import seqkern, seqkern.info, torch\n"
+        "print(seqkern.__file__)\n"
+        "y, h = seqkern.GRU(3, 4)(torch.randn(5, 2, 3))\n"
+        "assert y.shape == (5, 2, 4) and h.shape == (1, 2, 4)\n"
+        "assert seqkern.info().backends['cpu'], 'must say why'\n"
+        "print(seqkern.info())",
+        cwd=package_copy,
+        path=package_copy,
+    )
+    assert run.stdout.startswith(str(package_copy)), run.stdout
+    warning = "UserWarning: seqkern runs on its eager backend only: no compiled extension"
+    assert run.stderr.count(warning) == 1, run.stderr
+    assert "extension   not used: no compiled extension" in run.stdout
+
+
+@needs_extension_file
+def test_extension_for_another_torch_is_left_out(package_copy: Path) -> None:
+    built_for = _extension.built_for(EXTENSION)
+    other = f"{built_for[: built_for.index('.')]}.99" + built_for[built_for.index(".") + 3 :]
+    assert len(other) == len(built_for), "written over the mark, in place"
+    content = EXTENSION.read_bytes()
+    mark = f"seqkern was built for torch={built_for}".encode()
+    assert content.count(mark) == 1
+    changed = content.replace(mark, f"seqkern was built for torch={other}".encode())
+    (package_copy / "seqkern" / EXTENSION.name).write_bytes(changed)
+
+    found = ".".join(torch.__version__.split(".")[:2])
+    why_not = f"built for torch 2.99, found {found}: reinstall seqkern"
+    run = python(
+        "import seqkern, sys, torch\n"
+        "assert 'seqkern._C' not in sys.modules\n"
+        "print(seqkern.info().backends['cpu'])\n"
+        "try:\n"
+        "    with seqkern.use_backend('cpu'):\n"
+        "        seqkern.GRU(3, 4)(torch.randn(5, 2, 3))\n"
+        "except (RuntimeError, ValueError) as error:\n"
+        "    print(error)",
+        cwd=package_copy,
+        path=package_copy,
+    )
+    assert run.stderr.count(f"seqkern runs on its eager backend only: {why_not}") == 1, run.stderr
+    info_line, *error_lines = run.stdout.splitlines()
+    assert info_line == why_not
+    assert why_not in " ".join(error_lines), "a backend that the caller names says why it cannot run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("SEQKERN_EXTENSION", "off", "SEQKERN_EXTENSION=off"),
+        ("CXX", "/nowhere/c++", "CMake found no way to build them here"),
+    ],
+    ids=["switched off", "no compiler"],
+)
+def test_install_without_extension(variable: str, value: str, reason: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    keep = [
+        "csrc",
+        "cmake",
+        "seqkern",
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ]
+    source.mkdir()
+    for name in keep:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-v", "--no-index"]
+    pip += ["--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    install = subprocess.run(pip, env={**os.environ, variable: value}, text=True, capture_output=True)
+    log = install.stdout + install.stderr
+    assert install.returncode == 0, log
+    assert f"installed without its compiled kernels (eager backend only): {reason}" in log
+    assert not list((target / "seqkern").glob("_C.*"))
+    run = python(
+        "import seqkern, torch; print(seqkern.__file__)\n"
+        "print(seqkern.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape)",
+        cwd=target,
+        path=target,
+    )
+    assert run.stdout.splitlines() == [str(target / "seqkern" / "__init__.py"), "torch.Size([5, 2, 4])"]
