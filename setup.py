@@ -25,8 +25,10 @@ def tool(name: str) -> str | None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        why_not = self.configure_and_build(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        why_not = self.configure_and_build(module.parent)
         if why_not:
+            module.unlink(missing_ok=True)  # an earlier build's
             line = "=" * 100
             message = f"seqkern is installed without its compiled kernels (eager backend only): {why_not}"
             print(f"{line}\n{message}\n{line}", file=sys.stderr)
