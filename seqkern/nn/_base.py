@@ -1,0 +1,120 @@
+"""What the modules share: reading their weights, and torch.nn's checks of dimensions.
+
+The modules are subclasses of torch.nn's own, bound when seqkern is imported, so that parameters, state_dict,
+repr, initialisation,
+pickling and every tool that asks `isinstance` hold by construction. Only `forward` is new.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def flat_weights(module: torch.nn.RNNBase) -> list[Tensor]:
+    """The module's weights as they are now, in the order of _flat_weights.
+
+    _flat_weights itself goes stale under functional_call, parametrize and weight_norm; the attributes never
+    do.
+    """
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in module._flat_weights_names]
+    except KeyError:  # parametrized, pruned, or replaced by a plain tensor
+        return [getattr(module, name) for name in module._flat_weights_names]
+
+
+def cell_weights(module: torch.nn.RNNCellBase) -> list[Tensor]:
+    """w_ih, w_hh[, b_ih, b_hh] of a cell. One bias alone is completed with zeros."""
+    w_ih, w_hh, b_ih, b_hh = module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh
+    if b_ih is None and b_hh is None:
+        return [w_ih, w_hh]
+    if b_ih is None:
+        b_ih = torch.zeros_like(b_hh)
+    elif b_hh is None:
+        b_hh = torch.zeros_like(b_ih)
+    return [w_ih, w_hh, b_ih, b_hh]
+
+
+def exporting_to_torchscript_or_onnx() -> bool:
+    """Neither knows seqkern's operators: there the modules run torch.nn's own forward."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._get_tracing_state() is not None
+
+
+def refuse_lengths(lengths: Tensor | None, what: str) -> None:
+    if lengths is not None:
+        raise ValueError(f"lengths: expected none with {what}, got a tensor")
+
+
+def as_batch(name: str, input: Tensor, batch_first: bool) -> tuple[Tensor, bool]:
+    """input [T, B, I], [B, T, I] or [T, I] -> (x [T, B, I], is it a batch?)."""
+    dim = input.dim()
+    if dim == 3:
+        return (input.transpose(0, 1) if batch_first else input), True
+    if dim == 2:
+        return input.unsqueeze(1), False
+    raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}D instead")
+
+
+def as_state(hx: Tensor, batched: bool) -> Tensor:
+    """hx [L*D, B, H] or, unbatched, [L*D, H] -> [L*D, B, H]."""
+    if not isinstance(hx, Tensor):
+        raise AttributeError(f"hx: expected a tensor, got {type(hx).__name__}")
+    if hx.dim() != (3 if batched else 2):
+        raise state_dim_error(
+            batched, f"hx should also be {3 if batched else 2}-D but got {hx.dim()}-D tensor"
+        )
+    return hx if batched else hx.unsqueeze(1)
+
+
+def state_dim_error(batched: bool, what: str) -> RuntimeError:
+    return RuntimeError(f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, {what}")
+
+
+def permute_state(hx: Tensor, indices: Tensor | None) -> Tensor:
+    """The columns (batch dimension) of hx in another order, for a PackedSequence that was sorted."""
+    return hx if indices is None else hx.index_select(1, indices)
+
+
+def repack(output: Tensor, packed: PackedSequence) -> PackedSequence:
+    return PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+# ---- cells -------------------------------------------------------------------------------------------------
+
+
+def cell_input(name: str, input: Tensor) -> tuple[Tensor, bool]:
+    """input [B, I] or [I] -> (x [B, I], is it a batch?)."""
+    dim = input.dim()
+    if dim == 2:
+        return input, True
+    if dim == 1:
+        return input.unsqueeze(0), False
+    raise ValueError(f"{name}: Expected input to be 1D or 2D, got {dim}D instead")
+
+
+def cell_state(name: str, hx: Tensor | None, batched: bool) -> Tensor | None:
+    """hx [B, H] or [H] -> [B, H]."""
+    if hx is None:
+        return None
+    if not isinstance(hx, Tensor):
+        raise AttributeError(f"hx: expected a tensor, got {type(hx).__name__}")
+    if hx.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+    return hx if batched else hx.unsqueeze(0)
+
+
+def check_cell(module: torch.nn.RNNCellBase, x: Tensor, *states: tuple[str, Tensor | None]) -> None:
+    """x [B, I] and the states [B, H] against the cell; torch.nn's exception class, RuntimeError."""
+    if x.shape[1] != module.input_size:
+        raise RuntimeError(
+            f"input: expected [B, I] with I = input_size = {module.input_size}, got {tuple(x.shape)}"
+        )
+    expected = (x.shape[0], module.hidden_size)
+    for name, state in states:
+        if state is not None and state.shape != expected:
+            raise RuntimeError(f"{name}: expected [B, H] = {tuple(expected)}, got {tuple(state.shape)}")
+    w_ih = module.weight_ih
+    if x.dtype is not w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(f"input: expected the dtype of the weights, {w_ih.dtype}, got {x.dtype}")

@@ -1,0 +1,107 @@
+"""GRU and GRUCell: torch.nn's modules on seqkern.ops.gru."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkern import ops
+from seqkern.nn import _base
+
+
+class GRU(torch.nn.GRU):
+    """torch.nn.GRU on seqkern's kernels: same constructor, parameters, results and gradients.
+
+    Construct:  GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+                bidirectional=False,
+                device=None, dtype=None)
+    Call:       output, h_n = gru(input, h_0, lengths=lengths)
+
+    TorchScript is not supported; tracing and ONNX export run torch.nn's own forward.
+    Under torch.compile set torch._dynamo.config.allow_rnn = True, which Dynamo asks of every subclass of
+    torch.nn.GRU.
+
+    Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    """
+
+    def forward(self, input, hx=None, *, lengths: Tensor | None = None):
+        """Run the layers over a batch of sequences.
+
+        Args:
+            input: [T, B, I], with batch_first [B, T, I], unbatched [T, I], or a PackedSequence
+            hx: h_0 [L*D, B, H], unbatched [L*D, H]; None for zeros
+            lengths: [B] integers in 0..T on input's device, for a padded batch whose row b has lengths[b]
+                steps: outputs beyond
+                are zero, the reverse direction starts at the last valid step, h_n is the state after it (h_0
+                where the length is
+                0). No sorting, no packing. Not with a PackedSequence, nor with unbatched input (slice that
+                instead)
+        Returns:
+            output: [T, B, D*H], [B, T, D*H], [T, D*H] or a PackedSequence, as input;  h_n: as hx
+        Raises:
+            ValueError: input is neither 2-D nor 3-D, input's dtype is not the weights', lengths are wrong
+            RuntimeError: any other wrong shape, dtype or device; T = 0
+        """
+        if lengths is None and _base.exporting_to_torchscript_or_onnx():
+            return super().forward(input, hx)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths)
+        x, batched = _base.as_batch("GRU", input, self.batch_first)
+        if hx is not None:
+            hx = _base.as_state(hx, batched)
+        if not batched:
+            _base.refuse_lengths(lengths, "unbatched input")
+        y, h_n = ops.gru(
+            x,
+            hx,
+            _base.flat_weights(self),
+            lengths=lengths,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+        )
+        if not batched:
+            return y.squeeze(1), h_n.squeeze(1)
+        return y.transpose(0, 1) if self.batch_first else y, h_n
+
+    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None, lengths: Tensor | None):
+        _base.refuse_lengths(lengths, "a PackedSequence")
+        if hx is not None:
+            hx = _base.permute_state(hx, packed.sorted_indices)
+        y, h_n = ops.gru(
+            packed.data,
+            hx,
+            _base.flat_weights(self),
+            batch_sizes=packed.batch_sizes,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+        )
+        return _base.repack(y, packed), _base.permute_state(h_n, packed.unsorted_indices)
+
+
+class GRUCell(torch.nn.GRUCell):
+    """torch.nn.GRUCell on seqkern's kernels: same constructor, parameters, results and gradients.
+
+    Construct:  GRUCell(input_size, hidden_size, bias=True, device=None, dtype=None)
+    Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: [B, I], unbatched [I]
+            hx: h_0 [B, H], unbatched [H]; None for zeros
+        Returns:
+            h_1: as hx
+        Raises:
+            ValueError: input or hx is neither 1-D nor 2-D
+            RuntimeError: any other wrong shape, dtype or device
+        """
+        x, batched = _base.cell_input("GRUCell", input)
+        h_0 = _base.cell_state("GRUCell", hx, batched)
+        _base.check_cell(self, x, ("hx", h_0))
+        h_1 = ops.gru_cell(x, h_0, _base.cell_weights(self))
+        return h_1 if batched else h_1.squeeze(0)

@@ -1,0 +1,9 @@
+"""The operations: functions of tensors that say what is computed, check its meaning and pick a backend."""
+
+from seqkern.ops import _fake  # noqa: F401  (registers the operators' fake kernels)
+from seqkern.ops._backend import use_backend
+from seqkern.ops.gru import gru, gru_cell
+from seqkern.ops.lstm import lstm, lstm_cell
+from seqkern.ops.rnn import rnn, rnn_cell
+
+__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell", "use_backend"]

@@ -1,0 +1,136 @@
+"""Which backend computes an operation: one pure function over a table, and the caller's wish.
+
+eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
+cpu     the compiled kernels in csrc/cpu
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from seqkern import _extension
+
+BACKENDS = ("eager", "cpu")
+
+CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+CPU_OPS = frozenset({"rnn", "lstm", "gru"})
+CPU_PROJECTS = True  # the lstm kernel takes w_hr (proj_size)
+
+
+def _why_no_kernels() -> str | None:
+    if not _extension.AVAILABLE:
+        return _extension.WHY_NOT or "it could not be loaded"
+    if not hasattr(torch.ops.seqkern, "lstm_forward"):
+        return "it was built without the layers' operators"
+    return None
+
+
+WHY_NO_KERNELS: str | None = _why_no_kernels()
+
+
+def operator(name: str) -> Callable[..., tuple] | None:
+    """torch.ops.seqkern.<name>, or None without the compiled extension."""
+    return getattr(torch.ops.seqkern, name).default if WHY_NO_KERNELS is None else None
+
+
+class _Wish(threading.local):
+    name: str | None = None
+
+
+_wish = _Wish()
+
+
+def current_wish() -> str | None:
+    """The backend named by the innermost use_backend of this thread, or None."""
+    return _wish.name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every seqkern operation of this thread on the backend `name` ("eager" or "cpu"); None gives the
+    choice back.
+
+    A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
+    `backend=`
+    argument wins over this.
+
+    Raises:   ValueError: name is no backend
+    """
+    _known(name)
+    previous = _wish.name
+    _wish.name = name
+    try:
+        yield
+    finally:
+        _wish.name = previous
+
+
+def _known(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+
+
+def refusal(
+    backend: str,
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    projects: bool = False,
+    transformed: bool = False,
+    missing: str | None = None,
+) -> str | None:
+    """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
+    if backend == "eager":
+        return None
+    if missing is not None:
+        return f"{backend} needs the compiled extension: {missing}"
+    if op not in CPU_OPS:
+        return f"cpu has no kernel for {op}"
+    if device != "cpu":
+        return f"cpu needs tensors on a CPU, got {device}"
+    if dtype not in CPU_DTYPES:
+        return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
+    if projects and not CPU_PROJECTS:
+        return "cpu has no lstm kernel with proj_size"
+    if transformed:
+        return "cpu has no rule for torch.func transforms and forward-mode differentiation"
+    return None
+
+
+def choose(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    projects: bool = False,
+    transformed: bool = False,
+    wish: str | None = None,
+    missing: str | None = None,
+) -> str:
+    """The backend for one request: the fastest that is correct, or the one wished for.
+
+    Args:
+        op: "rnn", "lstm", "gru"
+        device: type of the input's device
+        dtype: the one dtype of input, states and parameters
+        projects: an LSTM with proj_size > 0
+        transformed: a torch.func transform is active, or an input carries a forward-mode tangent
+        wish: the backend the caller named, None for a free choice
+        missing: why the compiled kernels are not there, None if they are
+    Raises:
+        ValueError: wish is no backend
+        RuntimeError: the backend wished for cannot serve the request, with the reason
+    """
+    if wish is None:
+        why_not = refusal(
+            "cpu", op, device, dtype, projects=projects, transformed=transformed, missing=missing
+        )
+        return "cpu" if why_not is None else "eager"
+    _known(wish)
+    why_not = refusal(wish, op, device, dtype, projects=projects, transformed=transformed, missing=missing)
+    if why_not is not None:
+        raise RuntimeError(f"backend {wish!r} was asked for: {why_not}")
+    return wish

@@ -1,0 +1,74 @@
+"""Fake kernels: the shapes, dtypes and devices of the operators' outputs, for torch.compile, torch.export and
+meta tensors.
+
+The schemas are in csrc/library.cpp; without the compiled extension there is nothing to register.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkern.ops._backend import WHY_NO_KERNELS
+
+RESERVE_SLOTS = {"lstm": 5, "gru": 4}  # values kept per step and hidden unit for backward
+RESERVE_MULTIPLE = 16  # hidden units are padded to a multiple of this in the reserve
+
+
+def _y(x: Tensor, h0: Tensor) -> Tensor:
+    """[T, B, D*P] of x's dtype, or [N, D*P] for packed x."""
+    D, _, P = h0.shape
+    return x.new_empty((*x.shape[:-1], D * P))
+
+
+def _reserve(op: str, x: Tensor, state: Tensor, save: bool) -> Tensor:
+    """[rows, D*S*Hp] when saving, else [0]; state is [D, B, H]."""
+    if not save:
+        return x.new_empty((0,))
+    D, _, H = state.shape
+    padded = (H + RESERVE_MULTIPLE - 1) // RESERVE_MULTIPLE * RESERVE_MULTIPLE
+    rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    return x.new_empty((rows, D * RESERVE_SLOTS[op] * padded))
+
+
+def _contiguous_like(t: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
+
+
+def _dx(x: Tensor, need: bool) -> Tensor:
+    return _contiguous_like(x) if need else x.new_empty((0,))
+
+
+def _dparams(params: Sequence[Tensor], need: bool) -> list[Tensor]:
+    return [_contiguous_like(p) for p in params] if need else []
+
+
+def rnn_forward(x, h0, params, lengths, batch_sizes, relu, save):
+    return _y(x, h0), _contiguous_like(h0), x.new_empty((0,))
+
+
+def gru_forward(x, h0, params, lengths, batch_sizes, save):
+    return _y(x, h0), _contiguous_like(h0), _reserve("gru", x, h0, save)
+
+
+def lstm_forward(x, h0, c0, params, lengths, batch_sizes, save):
+    return _y(x, h0), _contiguous_like(h0), _contiguous_like(c0), _reserve("lstm", x, c0, save)
+
+
+def rnn_backward(dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, relu, need_dx, need_dparams):
+    return _dx(x, need_dx), _contiguous_like(h0), _dparams(params, need_dparams)
+
+
+def gru_backward(dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, need_dx, need_dparams):
+    return _dx(x, need_dx), _contiguous_like(h0), _dparams(params, need_dparams)
+
+
+def lstm_backward(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, y, reserve, need_dx, need_dparams):
+    return _dx(x, need_dx), _contiguous_like(h0), _contiguous_like(c0), _dparams(params, need_dparams)
+
+
+OPERATORS = (rnn_forward, gru_forward, lstm_forward, rnn_backward, gru_backward, lstm_backward)
+
+if WHY_NO_KERNELS is None:
+    for _kernel in OPERATORS:
+        torch.library.register_fake(f"seqkern::{_kernel.__name__}", _kernel)

@@ -1,0 +1,374 @@
+"""What rnn, lstm and gru share: checking a request, the loop over layers, the eager backend and its
+differentiation.
+
+Letters: T steps, B batch, N packed rows, I input, H hidden, P projected hidden (H without proj_size), D
+    directions, L layers, G gates.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
+
+# One layer on one backend: (x, states, params, lengths, batch_sizes) -> (y, *final states)
+Layer = Callable[
+    [Tensor, Sequence[Tensor], Sequence[Tensor], Tensor | None, Tensor | None], tuple[Tensor, ...]
+]
+
+
+# ---- meaning, checked once ---------------------------------------------------------------------------------
+
+
+def check(
+    op: str,
+    gates: int,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    num_layers: int,
+    D: int,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> Tensor | None:
+    """Check one request's meaning before any work, with torch.nn's exception classes; returns lengths as
+    int64.
+
+    Raises:
+        ValueError: input's dtype is not the parameters', lengths are wrong, a wrong number of parameters
+        RuntimeError: a wrong shape, device or dtype of anything else, or T = 0
+    """
+    per_direction, rest = divmod(len(params), num_layers * D)
+    if rest or not (per_direction in (2, 4) or (op == "lstm" and per_direction in (3, 5))):
+        raise ValueError(
+            f"params: expected w_ih, w_hh[, b_ih, b_hh]{'[, w_hr]' if op == 'lstm' else ''} for each of "
+            f"{num_layers} layers * {D} directions, got {len(params)} tensors"
+        )
+    dtype, device = input.dtype, input.device
+    for t in params:
+        if t.dtype is not dtype or t.device != device:
+            raise _mismatch(op, input, states, params, D, batch_sizes)
+    for t in states:
+        if t.dtype is not dtype or t.device != device:
+            raise _mismatch(op, input, states, params, D, batch_sizes)
+
+    if batch_sizes is None:
+        if input.dim() != 3:
+            raise RuntimeError(f"input: expected 3 dimensions [T, B, I], got {tuple(input.shape)}")
+        T, B, input_size = input.shape
+        if T == 0:
+            raise RuntimeError("input: Expected sequence length to be larger than 0 in RNN, got T = 0")
+    else:
+        if input.dim() != 2:
+            raise RuntimeError(
+                f"input: expected 2 dimensions [N, I] with batch_sizes, got {tuple(input.shape)}"
+            )
+        if lengths is not None:
+            raise ValueError("lengths: not with batch_sizes; a packed input carries its own lengths")
+        N, input_size = input.shape
+        T, B = _check_batch_sizes(batch_sizes, N)
+
+    # The weights say what I, H and P are.
+    H = params[0].shape[0] // gates
+    P = params[1].shape[-1]
+    shapes: list[tuple[int, ...]] = [(gates * H, params[0].shape[-1]), (gates * H, P)]
+    if per_direction >= 4:
+        shapes += [(gates * H,), (gates * H,)]
+    if per_direction % 2 == 1:
+        shapes.append((P, H))
+    elif P != H:
+        shapes[1] = (gates * H, H)
+    for k in range(0, len(params), per_direction):
+        if k == D * per_direction:
+            shapes[0] = (gates * H, D * P)
+        for j, shape in enumerate(shapes):
+            if params[k + j].shape != shape:
+                name = param_names(len(params), num_layers, D)[k + j]
+                raise RuntimeError(f"{name}: expected {shape}, got {tuple(params[k + j].shape)}")
+    if params[0].shape[1] != input_size:
+        raise RuntimeError(
+            f"input: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'} with I = input_size = "
+            f"{params[0].shape[1]}, got {tuple(input.shape)}"
+        )
+    rows = num_layers * D
+    if states[0].shape != (rows, B, P):
+        raise RuntimeError(
+            f"{'hx' if len(states) == 1 else 'hx[0]'}: expected [D*num_layers, B, "
+            f"{'H' if P == H else 'proj_size'}] = {(rows, B, P)}, got {tuple(states[0].shape)}"
+        )
+    if len(states) == 2 and states[1].shape != (rows, B, H):
+        raise RuntimeError(
+            f"hx[1]: expected [D*num_layers, B, H] = {(rows, B, H)}, got {tuple(states[1].shape)}"
+        )
+    return None if lengths is None else _check_lengths(lengths, T, B, device)
+
+
+def param_names(count: int, num_layers: int, D: int) -> list[str]:
+    """torch.nn's names for a flat list of `count` parameters."""
+    per_direction = count // (num_layers * D)
+    kinds = ["weight_ih", "weight_hh"]
+    kinds += ["bias_ih", "bias_hh"] if per_direction >= 4 else []
+    kinds += ["weight_hr"] if per_direction % 2 == 1 else []
+    return [
+        f"{kind}_l{layer}{suffix}"
+        for layer in range(num_layers)
+        for suffix in ("", "_reverse")[:D]
+        for kind in kinds
+    ]
+
+
+def _mismatch(
+    op: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    D: int,
+    batch_sizes: Tensor | None,
+) -> Exception:
+    """The exception for the first tensor whose dtype or device is not input's."""
+    dtype, device = input.dtype, input.device
+    if params[0].dtype is not dtype:
+        # torch.nn checks this first, as a ValueError; except that its LSTM leaves it to the kernel when
+        # packed.
+        error = RuntimeError if op == "lstm" and batch_sizes is not None else ValueError
+        return error(
+            f"input: expected the dtype of the weights, {params[0].dtype}, got {dtype}. Convert the input, "
+            f"input.to({params[0].dtype}), or the model, model.to({dtype})"
+        )
+    hx_names = ["hx"] if len(states) == 1 else ["hx[0]", "hx[1]"]
+    # Only the naming depends on the number of layers, and a wrong number has been refused already.
+    per_direction = 5 if len(params) % 5 == 0 and op == "lstm" else 4 if len(params) % 4 == 0 else 2
+    num_layers = max(1, len(params) // (per_direction * D))
+    names = param_names(len(params), num_layers, D)
+    for name, t in zip(hx_names + names, [*states, *params], strict=False):
+        if t.device != device:
+            return RuntimeError(f"{name}: expected the device of the input, {device}, got {t.device}")
+        if t.dtype is not dtype:
+            return RuntimeError(f"{name}: expected the dtype of the input, {dtype}, got {t.dtype}")
+    return RuntimeError("input, hx and parameters: expected one dtype and one device")
+
+
+def _check_batch_sizes(batch_sizes: Tensor, N: int) -> tuple[int, int]:
+    """T and B of a packed batch."""
+    if batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1 or batch_sizes.device.type != "cpu":
+        raise ValueError(
+            f"batch_sizes: expected a [T] int64 tensor on the CPU, got {tuple(batch_sizes.shape)} "
+            f"{batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        raise RuntimeError("batch_sizes: Expected sequence length to be larger than 0 in RNN, got T = 0")
+    if sizes[-1] < 0 or any(map(int.__lt__, sizes, sizes[1:])):
+        raise ValueError(f"batch_sizes: expected non-increasing, non-negative sizes, got {sizes}")
+    if sum(sizes) != N:
+        raise ValueError(f"batch_sizes: expected a sum of N = {N} rows of input, got {sum(sizes)}")
+    return len(sizes), sizes[0]
+
+
+def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected a [B] integer tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in INTEGERS:
+        raise ValueError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths: expected [B] = ({B},), got {tuple(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"lengths: expected the device of the input, {device}, got {lengths.device}")
+    if torch.compiler.is_compiling():
+        # A graph cannot look at values while it is traced; this looks when it runs.
+        in_range = ((lengths >= 0) & (lengths <= T)).all()
+        torch._assert_async(in_range, "lengths: expected values in 0..T")
+    elif device.type == "cpu" and _has_values(lengths):
+        values = lengths.tolist()
+        if values and not (min(values) >= 0 and max(values) <= T):
+            b = next(b for b, value in enumerate(values) if not 0 <= value <= T)
+            raise ValueError(f"lengths: expected values in 0..T = 0..{T}, got lengths[{b}] = {values[b]}")
+    return lengths if lengths.dtype is torch.int64 else lengths.to(torch.int64)
+
+
+def _has_values(t: Tensor) -> bool:
+    """False for fake tensors and for those that torch.vmap batches."""
+    return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+# ---- the state of the caller's program ---------------------------------------------------------------------
+
+
+def transformed(*groups: Sequence[Tensor]) -> bool:
+    """Is a torch.func transform active, or does a tensor carry a forward-mode tangent?
+
+    Classic autograd Functions fail under the former, operators drop the latter in silence.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for group in groups for t in group)
+
+
+def wants_grad(*groups: Sequence[Tensor]) -> bool:
+    """Does anything need a gradient through this call?"""
+    if not torch.is_grad_enabled():
+        return False
+    for group in groups:
+        for t in group:
+            if t.requires_grad:
+                return True
+    return False
+
+
+def autocast_active(input: Tensor) -> bool:
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+
+
+def autocast_dtypes(
+    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *, lower: bool, projects: bool = False
+) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype to compute in, dtype of output and h_n) as torch.nn's layer gives them under torch.autocast.
+
+    On a CPU some of torch's layers run wholly in autocast's dtype (`lower`: RNN, RNNCell, and LSTM where
+    oneDNN takes it); in the
+    others autocast lowers only the products, and the states' dtype comes through the gates. float64 is never
+    cast.
+
+    Raises:   RuntimeError: float64 beside another dtype
+    """
+    dtypes = {t.dtype for t in (input, *states, *params)}
+    if torch.float64 in dtypes or not input.is_floating_point():
+        if len(dtypes) > 1:
+            raise RuntimeError(
+                "input, hx and parameters: expected one dtype (autocast leaves torch.float64 as it is), got "
+                + ", ".join(sorted(map(str, dtypes)))
+            )
+        return input.dtype, input.dtype
+    device = input.device.type
+    autocast_dtype = torch.get_autocast_dtype(device)
+    if lower or device != "cpu":
+        return autocast_dtype, autocast_dtype
+    wide = torch.promote_types(autocast_dtype, states[-1].dtype)
+    return wide, autocast_dtype if projects else wide
+
+
+def zero_states(input: Tensor, rows: int, batch_sizes: Tensor | None, *sizes: int) -> tuple[Tensor, ...]:
+    """States for hx=None, [rows, B, size] each; equal sizes share one tensor, which is only read."""
+    if batch_sizes is not None:
+        B = int(batch_sizes[0]) if batch_sizes.numel() else 0
+    else:
+        B = input.shape[1] if input.dim() == 3 else 0
+    first = torch.zeros((rows, B, sizes[0]), dtype=input.dtype, device=input.device)
+    return (
+        first,
+        *(
+            first
+            if size == sizes[0]
+            else torch.zeros((rows, B, size), dtype=input.dtype, device=input.device)
+            for size in sizes[1:]
+        ),
+    )
+
+
+# ---- the loop over layers ----------------------------------------------------------------------------------
+
+
+def run_layers(
+    layer: Layer,
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    num_layers: int,
+    D: int,
+    dropout: float,
+    training: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Stack the layers: (output, *final states). Dropout is torch's own, between the layers, so that its
+    random stream is torch.nn's."""
+    if num_layers == 1:
+        return layer(input, states, params, lengths, batch_sizes)
+    per_layer = len(params) // num_layers
+    layer_states = list(zip(*(state.split(D) for state in states), strict=True))  # L times ([D, B, .], ...)
+    y, finals = input, []
+    for k in range(num_layers):
+        if k > 0 and training and dropout > 0:
+            y = F.dropout(y, dropout, training=True)
+        y, *final = layer(
+            y, layer_states[k], params[k * per_layer : (k + 1) * per_layer], lengths, batch_sizes
+        )
+        finals.append(final)
+    return (y, *(torch.cat(state) for state in zip(*finals, strict=True)))
+
+
+# ---- the eager backend -------------------------------------------------------------------------------------
+
+
+def eager_layer(
+    reference: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """One layer by its reference formula.
+
+    16-bit layers are computed in float32 and rounded once, at the store, as the kernels do it.
+    """
+    dtype = x.dtype
+    if dtype in SIXTEEN_BITS:
+        x, states, params = x.float(), [s.float() for s in states], [p.float() for p in params]
+    if batch_sizes is not None:
+        rows, lengths, T = packed_rows(batch_sizes, x.device)
+        B = states[0].shape[1]
+        x = x.new_zeros((T * B, x.shape[1])).index_copy(0, rows, x).unflatten(0, (T, B))
+    outputs = reference(x, *states, params, lengths)
+    if batch_sizes is not None:
+        outputs = (outputs[0].flatten(0, 1).index_select(0, rows), *outputs[1:])
+    return tuple(t.to(dtype) for t in outputs) if dtype in SIXTEEN_BITS else outputs
+
+
+def packed_rows(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Where the N packed rows lie in a padded [T*B] batch, the lengths [B], and T."""
+    T, B = batch_sizes.numel(), int(batch_sizes[0])
+    valid = torch.arange(B) < batch_sizes.unsqueeze(1)  # [T, B]
+    return valid.flatten().nonzero().squeeze(1).to(device), valid.sum(0).to(device), T
+
+
+def differentiate_eager(
+    layer: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> Iterator[Tensor | None]:
+    """The gradients of `layer` at `inputs`, themselves differentiable: for backward under create_graph=True.
+
+    Runs the eager layer again and differentiates that; slow and correct.
+    """
+    device = next(t for t in inputs if t is not None).device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # An alias of each input, so that one input computed from another does not add its own path to that
+        # one's gradient.
+        aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needed, strict=True)]
+        outputs = layer(*aliases)
+        pairs = [
+            (y, dy) for y, dy in zip(outputs, grad_outputs, strict=True) if dy is not None and y.requires_grad
+        ]
+        wanted = [t for t, need in zip(aliases, needed, strict=True) if need]
+        if pairs:
+            grads = torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True
+            )
+        else:
+            grads = (None,) * len(wanted)
+    remaining = iter(grads)
+    return (next(remaining) if need else None for need in needed)
+
+
+def wanted(grads: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Autograd's answer: the gradients asked for, None elsewhere. grads ends early where no parameter needs
+    one."""
+    return tuple(grads[k] if need and k < len(grads) else None for k, need in enumerate(needed))

@@ -1,0 +1,154 @@
+"""The Elman RNN operation: any number of layers and directions, on padded, ragged or packed batches."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from seqkern.ops import _backend, _layers
+from seqkern.reference import rnn_layer
+
+_forward = _backend.operator("rnn_forward")
+_backward = _backend.operator("rnn_backward")
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    nonlinearity: str = "tanh",
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run an Elman RNN over a batch of sequences.  h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu
+    in tanh's place
+
+    Args:
+        input: [T, B, I], time first, any strides; with batch_sizes the data [N, I] of a PackedSequence
+        hx: h_0 [L*D, B, H]; None for zeros
+        params: per layer and direction w_ih [H, I or D*H], w_hh [H, H] and, with biases, b_ih [H], b_hh [H]:
+            torch.nn's order
+        lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
+            the reverse direction
+            starts at the last valid step, and h_n is the state after it (h_0 where the length is 0)
+        batch_sizes: [T] int64 on the CPU, non-increasing, as in a PackedSequence; not with lengths
+        nonlinearity: "tanh" or "relu"
+        dropout: probability with which, in training, outputs of all layers but the last are dropped
+        backend: "eager" or "cpu"; None: the fastest that is correct. See seqkern.use_backend
+    Returns:
+        output: [T, B, D*H] or [N, D*H];  h_n: [L*D, B, H]; dtype of input (under torch.autocast torch.nn's)
+    Raises:
+        ValueError: input's dtype is not the weights', lengths or batch_sizes are wrong, no such nonlinearity
+            or backend
+        RuntimeError: a wrong shape, device or dtype of anything else; T = 0; a named backend cannot serve the
+            request
+    Source:
+        https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    D = 2 if bidirectional else 1
+    if hx is None:
+        (hx,) = _layers.zero_states(input, num_layers * D, batch_sizes, params[0].shape[0])
+    if _layers.autocast_active(input):
+        dtype, _ = _layers.autocast_dtypes(input, (hx,), params, lower=True)
+        with torch.autocast(input.device.type, enabled=False):
+            return rnn(
+                input.to(dtype),
+                hx.to(dtype),
+                [p.to(dtype) for p in params],
+                lengths=lengths,
+                batch_sizes=batch_sizes,
+                num_layers=num_layers,
+                bidirectional=bidirectional,
+                nonlinearity=nonlinearity,
+                dropout=dropout,
+                training=training,
+                backend=backend,
+            )
+
+    states = (hx,)
+    lengths = _layers.check("rnn", 1, input, states, params, num_layers, D, lengths, batch_sizes)
+    chosen = _backend.choose(
+        "rnn",
+        input.device.type,
+        input.dtype,
+        transformed=_layers.transformed((input,), states, params),
+        wish=_backend.current_wish() if backend is None else backend,
+        missing=_backend.WHY_NO_KERNELS,
+    )
+    layers = _EAGER_LAYER if chosen == "eager" else _OPERATOR_LAYER
+    output, h_n = _layers.run_layers(
+        layers[nonlinearity], input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
+    )
+    return output, h_n
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """One step: `rnn` with T = 1.
+
+    Args:     input: [B, I];  hx: h_0 [B, H], None for zeros;  params: w_ih, w_hh[, b_ih, b_hh];  the rest as
+              for `rnn`
+    Returns:  h_1: [B, H]
+    """
+    hx = None if hx is None else hx.unsqueeze(0)
+    _, h_1 = rnn(input.unsqueeze(0), hx, params, nonlinearity=nonlinearity, backend=backend)
+    return h_1.squeeze(0)
+
+
+def _operator_layer(relu, x, states, params, lengths, batch_sizes):
+    (h0,) = states
+    if _layers.wants_grad((x, h0), params):
+        return RNNFunction.apply(relu, x, h0, lengths, batch_sizes, *params)
+    return _forward(x, h0, params, lengths, batch_sizes, relu, False)[:2]
+
+
+_EAGER_LAYER = {
+    name: partial(_layers.eager_layer, partial(rnn_layer, nonlinearity=name)) for name in ("tanh", "relu")
+}
+_OPERATOR_LAYER = {name: partial(_operator_layer, name == "relu") for name in ("tanh", "relu")}
+
+
+class RNNFunction(torch.autograd.Function):
+    """One layer on the operators. Kept for backward: the inputs and the output; tanh' and relu' follow from
+    the output."""
+
+    @staticmethod
+    def forward(ctx, relu, x, h0, lengths, batch_sizes, *params):
+        y, h_n, reserve = _forward(x, h0, params, lengths, batch_sizes, relu, True)
+        ctx.relu = relu
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, lengths, batch_sizes, y, reserve, *params)
+        return y, h_n
+
+    @staticmethod
+    def backward(ctx, dy, dh_n):
+        x, h0, lengths, batch_sizes, y, reserve, *params = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph=True
+            eager = _EAGER_LAYER["relu" if ctx.relu else "tanh"]
+            grads = _layers.differentiate_eager(
+                lambda x, h0, lengths, batch_sizes, *params: eager(x, (h0,), params, lengths, batch_sizes),
+                (x, h0, lengths, batch_sizes, *params),
+                needed,
+                (dy, dh_n),
+            )
+            return (None, *grads)
+        dx, dh0, dparams = _backward(
+            dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, ctx.relu, needed[0], any(needed[4:])
+        )
+        return (None, *_layers.wanted((dx, dh0, None, None, *dparams), needed))
