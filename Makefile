@@ -70,8 +70,9 @@ sanitize: $(BUILT)
 		-DSEQKERN_OUTPUT_DIR=$(abspath $(SANITIZE)/tree/seqkern)
 	$(VENV)/bin/cmake --build $(SANITIZE)/cmake
 	cd $(SANITIZE)/tree && \
-		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" && \
+		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+		$(abspath $(PY)) -c "import seqkern; assert seqkern.info().build.get('sanitize'), seqkern.info()" && \
 		$(abspath $(PY)) -m pytest -q -x -m "not slow" -p no:cacheprovider $(wildcard $(SANITIZED_TESTS))
 
 clean:
