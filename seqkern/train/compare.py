@@ -1,0 +1,277 @@
+"""seqkern beside torch.nn, on the same inputs: errors against float64, then times taken in turn.
+
+A `Comparison` says how to build and call both; `parity` and `speed` know nothing of layers. A new layer is
+compared by writing one more function that returns a Comparison (as `recurrent` does) and listing its results.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+Call = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One layer in one case.
+
+    build:      dtype → (torch.nn's module, seqkern's), with the same parameters
+    inputs:     dtype → the floating inputs, whose gradients are compared too
+    call_peer:  (module, inputs) → outputs, through torch.nn
+    call_ours:  the same outputs, through seqkern
+    """
+
+    layer: str
+    case: str
+    build: Callable[[torch.dtype], tuple[nn.Module, nn.Module]]
+    inputs: Callable[[torch.dtype], tuple[Tensor, ...]]
+    call_peer: Call
+    call_ours: Call
+
+
+def recurrent(
+    peer: type[nn.RNNBase],
+    ours: type[nn.RNNBase],
+    sizes: tuple[int, int, int, int],
+    *,
+    lengths: Sequence[int] | None = None,
+    packed: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Comparison:
+    """A layer of torch.nn against its namesake: input and states in, output and states out.
+
+    sizes:    (T, B, I, H)
+    lengths:  torch.nn packs, runs, unpacks; seqkern gets `lengths=`, or, where `packed`, a PackedSequence
+    """
+    T, B, input_size, hidden_size = sizes
+    D = 2 if options.get("bidirectional") else 1
+    rows = D * options.get("num_layers", 1)
+    state_sizes = [hidden_size]
+    if issubclass(peer, nn.LSTM):
+        state_sizes = [options.get("proj_size") or hidden_size, hidden_size]
+    lengths_ = None if lengths is None else torch.tensor(lengths)
+
+    def states(h: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        return h if len(h) > 1 else h[0]
+
+    def flat(y: Tensor, h: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (y, *h) if isinstance(h, tuple) else (y, h)
+
+    def call_packed(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *h = given
+        sequence: PackedSequence = pack_padded_sequence(x, lengths_, enforce_sorted=False)
+        y, h = module(sequence, states(tuple(h)))
+        y, _ = pad_packed_sequence(y, total_length=T)
+        return flat(y, h)
+
+    def call_padded(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *h = given
+        return flat(*module(x, states(tuple(h))))
+
+    def call_lengths(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *h = given
+        return flat(*module(x, states(tuple(h)), lengths=lengths_))
+
+    words = [
+        f"B {B}",
+        f"T {T}",
+        f"I {input_size}",
+        f"H {hidden_size}",
+        *(f"{k} {v}" for k, v in options.items()),
+    ]
+    if lengths is not None:
+        words.append(f"{'packed' if packed else 'lengths'} {min(lengths)}…{max(lengths)}")
+    return Comparison(
+        layer=ours.__name__,
+        case=", ".join(words),
+        build=_twins(peer, ours, input_size, hidden_size, seed, options),
+        inputs=_random([(T, B, input_size), *((rows, B, size) for size in state_sizes)], seed),
+        call_peer=call_padded if lengths is None else call_packed,
+        call_ours=call_padded if lengths is None else call_packed if packed else call_lengths,
+    )
+
+
+def recurrent_cell(
+    peer: type[nn.RNNCellBase],
+    ours: type[nn.RNNCellBase],
+    sizes: tuple[int, int, int],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Comparison:
+    """A cell of torch.nn against its namesake, one step; sizes: (B, I, H)."""
+    B, input_size, hidden_size = sizes
+    states = 2 if issubclass(peer, nn.LSTMCell) else 1
+
+    def call(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *h = given
+        out = module(x, tuple(h) if states == 2 else h[0])
+        return out if isinstance(out, tuple) else (out,)
+
+    words = [f"B {B}", f"I {input_size}", f"H {hidden_size}", *(f"{k} {v}" for k, v in options.items())]
+    return Comparison(
+        layer=ours.__name__,
+        case=", ".join(words),
+        build=_twins(peer, ours, input_size, hidden_size, seed, options),
+        inputs=_random([(B, input_size), *[(B, hidden_size)] * states], seed),
+        call_peer=call,
+        call_ours=call,
+    )
+
+
+def _twins(
+    peer: type[nn.Module],
+    ours: type[nn.Module],
+    input_size: int,
+    hidden_size: int,
+    seed: int,
+    options: dict[str, Any],
+) -> Callable[[torch.dtype], tuple[nn.Module, nn.Module]]:
+    def build(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = peer(input_size, hidden_size, dtype=dtype, **options)
+            twin = ours(input_size, hidden_size, dtype=dtype, **options)
+        twin.load_state_dict(module.state_dict())
+        return module, twin
+
+    return build
+
+
+def _random(shapes: Sequence[tuple[int, ...]], seed: int) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+        )
+
+    return inputs
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The tensor that agrees worst: largest errors against float64, and what was allowed.
+
+    All three are shares of the tensor's largest magnitude.
+    """
+
+    tensor: str
+    error: float
+    peer_error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        allowed = f"allowed {self.allowed:.2g} (torch.nn's: {self.peer_error:.2g})"
+        return f"{self.tensor}: error {self.error:.2g}, {allowed}"
+
+
+def parity(comparison: Comparison, dtype: torch.dtype = torch.float32, *, floor_ulp: float = 4) -> Parity:
+    """Every output and every gradient in `dtype`, against torch.nn in float64 on the same values.
+
+    Allowed: twice torch.nn's own error in `dtype`, and `floor_ulp` units in the largest value's last place;
+    in float64, where the yardstick rounds as much as what it measures, four times as many.
+    """
+    peer, ours = comparison.build(dtype)
+    inputs = comparison.inputs(dtype)
+    oracle = copy.deepcopy(peer).double()
+    exact = _outputs_and_gradients(comparison.call_peer, oracle, tuple(x.double() for x in inputs))
+    theirs = _outputs_and_gradients(comparison.call_peer, peer, inputs)
+    found = _outputs_and_gradients(comparison.call_ours, ours, inputs)
+    floor = floor_ulp * torch.finfo(dtype).eps * (4 if dtype == torch.float64 else 1)
+    results = []
+    for name, wanted in exact.items():
+        peer_error = _error(theirs[name], wanted)
+        results.append(Parity(name, _error(found[name], wanted), peer_error, 2 * peer_error + floor))
+    return max(results, key=lambda result: result.error / result.allowed)
+
+
+def _outputs_and_gradients(call: Call, module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Outputs, and gradients of their inner product with fixed random directions, by name."""
+    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    outputs = call(module, leaves)
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    # Rounded to 16 bits first, so that every dtype is given the same directions.
+    directions = [d.bfloat16().to(y.dtype) for d, y in zip(directions, outputs, strict=True)]
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(outputs, [*leaves, *parameters.values()], directions)
+    names = [*(f"d_input{i}" for i in range(len(leaves))), *(f"d_{name}" for name in parameters)]
+    found = {f"output{i}": y.detach() for i, y in enumerate(outputs)}
+    return found | dict(zip(names, gradients, strict=True))
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    scale = wanted.abs().max().item() or 1.0
+    error = (found.double() - wanted).abs().max().item() / scale
+    return error if error == error else float("inf")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median seconds."""
+
+    peer: float
+    ours: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster seqkern is."""
+        return self.peer / self.ours
+
+
+def speed(comparison: Comparison, *, training: bool, seconds: float = 1.0, min_rounds: int = 5) -> Speed:
+    """Both in turn, float32, for about `seconds`: forward under no_grad, or, `training`, with backward."""
+    peer, ours = comparison.build(torch.float32)
+    inputs = comparison.inputs(torch.float32)
+
+    def forward(call: Call, module: nn.Module) -> None:
+        with torch.no_grad():
+            call(module, inputs)
+
+    leaves = tuple(x.clone().requires_grad_() for x in inputs)
+
+    def forward_backward(call: Call, module: nn.Module) -> None:
+        outputs = call(module, leaves)
+        torch.autograd.grad(outputs, [*leaves, *module.parameters()], [torch.ones_like(y) for y in outputs])
+
+    run = forward_backward if training else forward
+    return in_turn(
+        lambda: run(comparison.call_peer, peer),
+        lambda: run(comparison.call_ours, ours),
+        seconds=seconds,
+        min_rounds=min_rounds,
+    )
+
+
+def in_turn(
+    peer: Callable[[], object], ours: Callable[[], object], *, seconds: float, min_rounds: int = 5
+) -> Speed:
+    """Medians of `peer` and `ours`, called alternately, so that what slows the machine down slows both."""
+    peer()
+    ours()
+    times: tuple[list[float], list[float]] = ([], [])
+    start = time.perf_counter()
+    while len(times[0]) < min_rounds or time.perf_counter() - start < seconds:
+        turn = ((peer, times[0]), (ours, times[1]))
+        # Each goes first in every second round.
+        for function, taken in turn if len(times[0]) % 2 == 0 else reversed(turn):
+            before = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - before)
+    return Speed(statistics.median(times[0]), statistics.median(times[1]))

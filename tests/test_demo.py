@@ -1,0 +1,460 @@
+"""seqkern.train: corpus, truncated BPTT, evaluation, and the `demo` and `verify` commands, on small text."""
+
+import io
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import seqkern
+from seqkern.train import compare, demo, verify
+from seqkern.train.char_lm import CharLM, bits_per_character, sample
+from seqkern.train.corpus import (
+    CharCorpus,
+    CharVocabulary,
+    CorpusError,
+    Text,
+    Windows,
+    read_texts,
+    split,
+    standard_library,
+)
+from seqkern.train.progress import Progress
+from seqkern.train.tbptt import TruncatedBPTT, map_state
+
+
+def some_texts(n=40):
+    rng = random.Random(0)
+    words = ["def", "return", "self", "x", "=", "(", ")", "for", "in", "not", "\n"]
+    return [Text(f"package/file{i}.py", " ".join(rng.choices(words, k=200))) for i in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The shapes here are too small for two, which only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "corpus"
+    for text in some_texts():
+        file = root / text.name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.text)
+    return root
+
+
+# ---- files and their split ------------------------------------------------------------------------
+
+
+def test_split_is_disjoint_complete_and_depends_on_names_only():
+    texts = some_texts()
+    train, held = split(texts, 0.2)
+    assert sorted(t.name for t in train + held) == sorted(t.name for t in texts)
+    assert 1 <= len(held) <= 20
+    assert split(list(reversed(texts)), 0.2) == (train, held)
+    # A file keeps its side when others come and go.
+    fewer_train, fewer_held = split(texts[::2], 0.2)
+    assert set(fewer_train) <= set(train) and set(fewer_held) <= set(held)
+
+
+def test_split_is_the_same_in_every_process():
+    """By sha256, whose digests of these letters begin 18, 25, 2e, 3e, 3f | aa, ca, cd."""
+    train, held = split([Text(name, name) for name in "abcdefgh"], 0.3)
+    assert ([t.name for t in held], [t.name for t in train]) == (["d", "f", "c", "b", "e"], ["h", "a", "g"])
+
+
+def test_split_leaves_both_sides_something():
+    for n in (2, 3):
+        for share in (0.001, 0.999):
+            train, held = split(some_texts(n), share)
+            assert train and held and len(train) + len(held) == n
+
+
+def test_split_cuts_a_single_file():
+    train, held = split([Text("a", "0123456789")], 0.2)
+    assert (train[0].text, held[0].text) == ("01234567", "89")
+
+
+def test_standard_library_is_real_text():
+    texts = standard_library()
+    assert sum(len(text.text) for text in texts) > 1_000_000
+    assert "argparse.py" in {text.name for text in texts}
+    assert not any("test" in Path(text.name).parts for text in texts)
+
+
+def test_read_texts_passes_over_what_is_not_text(folder):
+    (folder / "image.png").write_bytes(b"\x89PNG\0\xff")
+    (folder / "zeros.txt").write_bytes(b"a\0b")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("hidden")
+    (folder / "übung.txt").write_text("schön", encoding="utf-8")
+    names = [text.name for text in read_texts(folder)]
+    assert len(names) == 41 and "übung.txt" in names
+    assert read_texts(folder / "übung.txt") == [Text("übung.txt", "schön")]
+
+
+def test_read_texts_errors(tmp_path):
+    with pytest.raises(CorpusError, match=r"no file or folder at .*nowhere"):
+        read_texts(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match="holds no UTF-8 text"):
+        read_texts(tmp_path)
+    (tmp_path / "empty").touch()
+    with pytest.raises(CorpusError, match="holds no UTF-8 text"):
+        read_texts(tmp_path / "empty")
+
+
+# ---- characters and windows -----------------------------------------------------------------------
+
+
+def test_vocabulary_round_trip():
+    text = "def f(x):\n\treturn 'ü→😀'\n"
+    vocabulary = CharVocabulary.of(text)
+    ids = vocabulary.encode(text)
+    assert ids.dtype == torch.int64 and len(ids) == len(text)
+    assert vocabulary.decode(ids) == text
+    assert len(vocabulary) == len(set(text)) + 2
+    assert vocabulary.encode("").shape == (0,)
+
+
+def test_vocabulary_unknown_characters():
+    vocabulary = CharVocabulary.of("aaabbc", min_count=2)
+    assert vocabulary.characters == "ab"
+    assert vocabulary.encode("abcü").tolist() == [2, 3, 0, 0]
+    assert vocabulary.decode(vocabulary.encode("abcü")) == "ab��"
+    assert vocabulary.decode([vocabulary.BOUNDARY, 2]) == "a"
+
+
+def test_corpus_takes_its_vocabulary_from_the_training_files():
+    texts = some_texts()
+    name = split(texts, 0.2)[1][0].name
+    texts = [replace(text, text=text.text + "§") if text.name == name else text for text in texts]
+    corpus = CharCorpus.from_texts(texts, held_out=0.2)
+    assert "§" not in corpus.vocabulary.characters
+    assert sum((ids == corpus.vocabulary.UNKNOWN).sum() for ids in corpus.held_out) == 1
+    train, held = split(texts, 0.2)
+    assert corpus.vocabulary.decode(corpus.train) == "".join(text.text for text in train)
+    assert [corpus.vocabulary.decode(ids) for ids in corpus.held_out[1:]] == [text.text for text in held[1:]]
+    assert all(ids[0] == corpus.vocabulary.BOUNDARY for ids in [corpus.train, *corpus.held_out])
+
+
+def test_corpus_of_limited_size():
+    corpus = CharCorpus.from_texts(some_texts(), held_out=0.2, max_characters=1000)
+    assert len(corpus.vocabulary.decode(corpus.train)) == 1000
+    assert sum(len(corpus.vocabulary.decode(ids)) for ids in corpus.held_out) == 100
+
+
+@pytest.mark.parametrize("N", [17, 63, 129, 1000])
+def test_windows_are_contiguous(N):
+    stream = torch.arange(N)
+    B, T = 3, 4
+    windows = Windows(stream, B, T)
+    rows = [[] for _ in range(B)]
+    for i in range(len(windows)):
+        inputs, targets = windows[i]
+        assert inputs.shape == targets.shape == (T, B)
+        assert torch.equal(targets, inputs + 1)
+        for b in range(B):
+            rows[b] += inputs[:, b].tolist()
+    for b, row in enumerate(rows):
+        start = b * (N // B)
+        assert row == list(range(start, start + len(row)))
+        assert N // B - T <= len(row) + 1 <= N // B
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
+def test_windows_of_too_short_a_stream():
+    assert len(Windows(torch.arange(15), 3, 4)) == 1
+    with pytest.raises(CorpusError, match=r"14 characters are too few for 3 rows of 4 steps \(at least 15\)"):
+        Windows(torch.arange(14), 3, 4)
+
+
+# ---- training -------------------------------------------------------------------------------------
+
+
+def make_trainer(layer, vocab_size, lr=1e-2, **options):
+    torch.manual_seed(0)
+    model = CharLM(vocab_size, embed_dim=8, hidden_size=16, layer=layer, **options)
+    return TruncatedBPTT(model, torch.optim.Adam(model.parameters(), lr=lr))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_training_lowers_the_loss_and_equals_torch(kind):
+    corpus = CharCorpus.from_texts(some_texts())
+    windows = Windows(corpus.train, B=8, T=16)
+    losses = []
+    for layer in (getattr(nn, kind), getattr(seqkern, kind)):
+        trainer = make_trainer(layer, len(corpus.vocabulary))
+        losses.append(torch.tensor(list(trainer.train(windows, 30))))
+    assert losses[0][0] == pytest.approx(math.log2(len(corpus.vocabulary)), abs=0.5)  # in bits
+    assert losses[1][-5:].mean() < losses[1][0] - 0.7
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-4)
+
+
+def test_state_is_carried_and_detached():
+    """Without updates, windows in turn give the losses of one long window."""
+    corpus = CharCorpus.from_texts(some_texts())
+    trainer = make_trainer(seqkern.LSTM, len(corpus.vocabulary), lr=0.0)
+    windows = Windows(corpus.train, B=4, T=8)
+    short = [trainer.step(*windows[i]) for i in range(3)]
+    assert not any(part.requires_grad for part in trainer.state)
+    carried = trainer.state
+    trainer.reset()
+    long = Windows(corpus.train, B=4, T=24)
+    assert trainer.step(*long[0]) == pytest.approx(sum(short) / 3, abs=1e-5)
+    torch.testing.assert_close(trainer.state, carried)
+    trainer.reset()
+    assert trainer.step(*windows[1]) != pytest.approx(short[1], abs=1e-4)
+
+
+def test_training_starts_over_where_the_windows_end():
+    corpus = CharCorpus.from_texts(some_texts())
+    windows = Windows(corpus.train[: 4 * (2 * 8 + 1)], B=4, T=8)
+    assert len(windows) == 2
+    losses = list(make_trainer(nn.GRU, len(corpus.vocabulary), lr=0.0).train(windows, 5))
+    assert losses[2:] == pytest.approx([*losses[:2], losses[0]], abs=1e-6)
+    # In two calls, as the demo trains in blocks: the same steps.
+    trainer = make_trainer(nn.GRU, len(corpus.vocabulary), lr=0.0)
+    assert [*trainer.train(windows, 3), *trainer.train(windows, 2, start=3)] == losses
+
+
+def test_gradients_are_clipped():
+    trainer = make_trainer(nn.LSTM, 10)
+    trainer.clip = 1e-3
+    trainer.step(torch.randint(10, (5, 2)), torch.randint(10, (5, 2)))
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_map_state_keeps_the_structure():
+    h, c = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    assert torch.equal(map_state(torch.neg, h), -h)
+    mapped = map_state(torch.neg, (h, c))
+    assert isinstance(mapped, tuple) and torch.equal(mapped[1], -c)
+
+
+# ---- evaluation and sampling ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_bits_per_character_is_that_of_each_stream_read_whole(kind):
+    torch.manual_seed(0)
+    model = CharLM(11, embed_dim=4, hidden_size=8, num_layers=2, layer=getattr(seqkern, kind)).train()
+    streams = [torch.randint(11, (n,)) for n in (5, 33, 1, 2, 17, 18, 40)]
+    bits, count = 0.0, 0
+    for stream in streams:
+        stream = stream[:31]  # 30 to predict
+        if len(stream) > 1:
+            logits, _ = model(stream[:-1, None])
+            bits += nn.functional.cross_entropy(logits[:, 0], stream[1:], reduction="sum").item() / math.log(
+                2
+            )
+            count += len(stream) - 1
+    found = bits_per_character(model, streams, B=3, T=7, max_characters=30)
+    assert found == pytest.approx(bits / count, rel=1e-5)
+    assert model.training
+    with pytest.raises(ValueError, match="streams: no stream with at least two ids"):
+        bits_per_character(model, [torch.tensor([1])])
+
+
+def test_sample_continues_the_prompt():
+    torch.manual_seed(0)
+    model = CharLM(11, embed_dim=4, hidden_size=8, layer=seqkern.LSTM)
+    prompt = torch.tensor([3, 1, 4])
+    draws = [sample(model, prompt, 20, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert draws[0].shape == (23,) and torch.equal(draws[0][:3], prompt)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    # Nearly greedy: each id is the likeliest after all ids before it, so the state has been carried.
+    cold = sample(model, prompt, 20, temperature=1e-4)
+    logits, _ = model(cold[:-1, None])
+    assert torch.equal(logits[2:, 0].argmax(-1), cold[3:])
+    with pytest.raises(ValueError, match="prompt: expected at least one id"):
+        sample(model, prompt[:0], 1)
+    with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0"):
+        sample(model, prompt, 1, temperature=0)
+
+
+# ---- parity and its failures ----------------------------------------------------------------------
+
+
+def test_parity_finds_a_wrong_gradient():
+    class WrongGRU(nn.GRU):
+        def forward(self, x, hx=None):
+            y, h = super().forward(x, hx)
+            if y.requires_grad:
+                y.register_hook(lambda dy: dy * 1.001)
+            return y, h
+
+    assert compare.parity(compare.recurrent(nn.GRU, nn.GRU, (5, 3, 7, 9))).ok
+    result = compare.parity(compare.recurrent(nn.GRU, WrongGRU, (5, 3, 7, 9)))
+    assert not result.ok and result.tensor.startswith("d_")
+
+
+def test_parity_finds_nan_and_wrong_shapes():
+    class NanGRU(nn.GRU):
+        def forward(self, x, hx=None):
+            y, h = super().forward(x, hx)
+            return y * float("nan"), h
+
+    assert not compare.parity(compare.recurrent(nn.GRU, NanGRU, (5, 3, 7, 9))).ok
+    assert compare._error(torch.zeros(2), torch.zeros(3)) == float("inf")
+
+
+def test_in_turn_takes_turns():
+    calls = []
+    compare.in_turn(lambda: calls.append("p"), lambda: calls.append("o"), seconds=0, min_rounds=3)
+    assert "".join(calls) == "po" + "po" + "op" + "po"  # the first pair warms up
+
+
+# ---- the commands ---------------------------------------------------------------------------------
+
+
+def test_demo_quick(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert demo.main(["--quick", "--corpus", str(folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "training 12/12",
+        "held-out files",
+        "the curves differ by at most",
+        "the speed of torch.nn.LSTM",
+        "\n    def ",
+        "Parity with torch.nn, and speed",
+        f"loss curves: {out / 'losses.png'}",
+    ):
+        assert expected in printed, expected
+    rows = [line.split() for line in printed.splitlines() if line.split()[1:2] == ["ok"]]
+    assert [row[0] for row in rows] == ["LSTM", "LSTM", "GRU", "GRU", "RNN", "RNN"]
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_without_matplotlib(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setattr(demo, "comparisons", lambda quick: [])
+    args = ["--quick", "--steps", "2", "--corpus", str(folder), "--out", str(tmp_path)]
+    assert demo.main(args) == 0
+    assert "not drawn, matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_demo_fails_where_the_layers_disagree(folder, tmp_path, capsys, monkeypatch):
+    class WrongLSTM(nn.LSTM):
+        def forward(self, x, hx=None):
+            y, h = super().forward(x, hx)
+            return y * 1.1, h
+
+    monkeypatch.setattr(seqkern, "LSTM", WrongLSTM)
+    monkeypatch.setattr(
+        demo, "comparisons", lambda quick: [compare.recurrent(nn.LSTM, WrongLSTM, (3, 2, 4, 5))]
+    )
+    args = ["--quick", "--steps", "2", "--corpus", str(folder), "--out", str(tmp_path)]
+    assert demo.main(args) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED the first 2 losses should agree" in printed
+    assert "FAILED WrongLSTM, B 2, T 3, I 4, H 5: " in printed
+
+
+def test_training_stops_when_its_time_is_over(folder, capsys):
+    settings = replace(demo.QUICK, seconds=0.0)
+    corpus, _ = demo.load_corpus(folder, settings)
+    runs = [demo.make_run(name, nn.LSTM, len(corpus.vocabulary), settings, 0) for name in ("a", "b")]
+    demo.train_in_turn(runs, Windows(corpus.train, settings.B, settings.T), settings)
+    assert len(runs[0].losses) == len(runs[1].losses) == settings.block
+    assert "stopped after 3 of 12 steps: 0 s are over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--corpus", "/nowhere/at/all"], "corpus: no file or folder at /nowhere/at/all"),
+        (["--corpus", "EMPTY"], "holds no UTF-8 text"),
+        (["--corpus", "SHORT"], "corpus: 7 characters are too few for 32 rows of 64 steps (at least 2080)"),
+        (["--steps", "0"], "argument --steps: expected at least 1, got 0"),
+        (["--steps", "many"], "argument --steps: invalid"),
+        (["--prompt", ""], "--prompt: expected at least one character"),
+        (["--quick", "--corpus", "LONG", "--out", "SHORT"], "--out: cannot make the folder"),
+    ],
+    ids=["missing", "empty", "short", "no steps", "steps", "prompt", "out"],
+)
+def test_demo_errors(args, message, tmp_path, capsys):
+    files = {"EMPTY": "", "SHORT": "import", "LONG": "import this\n" * 500}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        demo.main([str(tmp_path / arg) if arg in files else arg for arg in args])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify(capsys, monkeypatch):
+    rows = {name: compared[:1] for name, compared in verify.layers().items()}
+    monkeypatch.setattr(verify, "layers", lambda: rows)
+    assert verify.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "everything agrees with torch.nn" in printed
+    assert all(name in printed for name in ["LSTM, proj_size", "GRUCell", "eager", "bfloat16"])
+
+
+def test_verify_fails_where_a_layer_disagrees(capsys, monkeypatch):
+    class WrongRNN(nn.RNN):
+        def forward(self, x, hx=None):
+            y, h = super().forward(x, hx)
+            return y + 1, h
+
+    monkeypatch.setattr(
+        verify, "layers", lambda: {"RNN": [compare.recurrent(nn.RNN, WrongRNN, (3, 2, 4, 5))]}
+    )
+    assert verify.main([]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED RNN on eager, float32" in printed and "output0: error" in printed
+
+
+def test_instruction_set_is_put_back():
+    before = seqkern.info().instruction_set
+    for _, _, isa in verify.places():
+        with verify.instruction_set(isa):
+            assert isa is None or seqkern.info().instruction_set == isa
+    assert seqkern.info().instruction_set == before
+
+
+def test_import_seqkern_loads_no_training():
+    unwanted = ("seqkern.train", "matplotlib")
+    code = f"import sys, seqkern; print([name for name in sys.modules if name.startswith({unwanted})])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+# ---- the progress bar -----------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_redraws_one_line():
+    stream = Terminal()
+    with Progress("training", 4, stream=stream, width=4) as progress:
+        progress.update(2, "long note")
+        progress.update(4, "note")
+    assert stream.getvalue() == "\r[##..] training 2/4  long note\r[####] training 4/4  note     \n"
+
+
+def test_progress_elsewhere_prints_a_line_per_tenth():
+    stream = io.StringIO()
+    with Progress("training", 40, stream=stream) as progress:
+        for done in range(1, 41):
+            progress.update(done)
+    assert stream.getvalue().splitlines() == [f"training {done}/40" for done in range(4, 41, 4)]
