@@ -1,0 +1,11 @@
+"""RNN and RNNCell against torch.nn: see cases.py for the grid, conftest.py for `measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+FAMILY = "RNN"
+
+
+def test_rnn(measure: Callable[..., None], dtype: str, case: str, mode: str) -> None:
+    measure(FAMILY, dtype, case, mode)
