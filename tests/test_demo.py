@@ -129,7 +129,7 @@ def test_vocabulary_round_trip():
 
 
 def test_vocabulary_unknown_characters():
-    vocabulary = CharVocabulary.of("aaabbc", min_count=2)
+    vocabulary = CharVocabulary.of("aaabbc", min_share=0.2)
     assert vocabulary.characters == "ab"
     assert vocabulary.encode("abcü").tolist() == [2, 3, 0, 0]
     assert vocabulary.decode(vocabulary.encode("abcü")) == "ab��"

@@ -135,12 +135,11 @@ class CharVocabulary:
         self._to_id[_code_points(self.characters)] = torch.arange(2, len(self))
 
     @classmethod
-    def of(cls, text: str, *, min_count: int = 1) -> CharVocabulary:
-        """The characters that occur at least `min_count` times in `text`."""
+    def of(cls, text: str, *, min_share: float = 0.0) -> CharVocabulary:
+        """The characters of `text` that make up a share of at least `min_share` of it."""
         counts = torch.bincount(_code_points(text))
-        return cls(
-            "".join(chr(i) for i in (counts >= min_count).logical_and(counts > 0).nonzero()[:, 0].tolist())
-        )
+        common = (counts >= max(min_share * len(text), 1)).nonzero()[:, 0]
+        return cls("".join(map(chr, common.tolist())))
 
     def __len__(self) -> int:
         return len(self._to_text)
@@ -179,7 +178,7 @@ class CharCorpus:
         texts: Sequence[Text],
         *,
         held_out: float = 0.05,
-        min_count: int = 1,
+        min_share: float = 0.0,
         max_characters: int | None = None,
     ) -> CharCorpus:
         """Splits, takes the vocabulary from the training files alone, and encodes.
@@ -190,7 +189,7 @@ class CharCorpus:
         if max_characters is not None:
             train = _first_characters(train, max_characters)
             held = _first_characters(held, max_characters // 10)
-        vocabulary = CharVocabulary.of("".join(text.text for text in train), min_count=min_count)
+        vocabulary = CharVocabulary.of("".join(text.text for text in train), min_share=min_share)
         boundary = torch.tensor([vocabulary.BOUNDARY])
         stream = [piece for text in train for piece in (boundary, vocabulary.encode(text.text))]
         files = [torch.cat([boundary, vocabulary.encode(text.text)]) for text in held]

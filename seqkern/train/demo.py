@@ -7,8 +7,10 @@ whatever slows the machine down slows both. Afterwards: a table of every layer's
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +47,7 @@ class Settings:
     num_layers: int = 1
     learning_rate: float = 5e-3
     clip: float = 1.0
-    min_count: int = 50  # a character rarer than this in the training files is unknown
+    min_share: float = 1e-5  # a character rarer than this in the training files is unknown
     characters: int | None = None  # None: the whole corpus
     held_out_characters: int = 8192  # of each held-out file
     sample_characters: int = 400
@@ -59,7 +61,6 @@ QUICK = Settings(
     T=16,
     embed_dim=16,
     hidden_size=32,
-    min_count=1,
     characters=60_000,
     held_out_characters=256,
     sample_characters=40,
@@ -195,7 +196,7 @@ def load_corpus(path: Path | None, settings: Settings) -> tuple[CharCorpus, str]
     where = "Python's standard library" if path is None else str(path)
     if not texts:
         raise CorpusError("corpus: this Python's standard library comes without .py files; name a --corpus")
-    corpus = CharCorpus.from_texts(texts, min_count=settings.min_count, max_characters=settings.characters)
+    corpus = CharCorpus.from_texts(texts, min_share=settings.min_share, max_characters=settings.characters)
     line = (
         f"{where}: {len(corpus.train):,} characters to learn from, "
         f"{sum(map(len, corpus.held_out)):,} held out ({len(corpus.held_out)} of {len(texts)} files), "
@@ -261,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--out: cannot make the folder {args.out}: {error.strerror}")
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the corpus may hold what the terminal cannot show
     print(f"seqkern {seqkern.__version__}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     report = seqkern.info()
     ready = [name for name, why_not in report.backends.items() if why_not is None]
