@@ -56,7 +56,7 @@ def _load(package: Path, torch_version: str) -> tuple[ModuleType | None, str | N
     if extension is None:
         if others := sorted(path.name for path in package.glob("_C.*.so")):
             return None, f"built for another Python ({', '.join(others)}): reinstall seqkern"
-        return None, "no compiled extension: seqkern was installed without a C++ compiler"
+        return None, "no compiled extension: no C++ compiler at the install, or SEQKERN_EXTENSION=off"
     if why_not := mismatch(built_for(extension), torch_version):
         return None, why_not
     try:
