@@ -1,4 +1,4 @@
-"""A second process keeps one core busy: how much slower does a case become (busy / alone)? See neighbour.py."""
+"""A second process keeps one core busy: how much slower is a case then (busy / alone)? See neighbour.py."""
 
 from __future__ import annotations
 

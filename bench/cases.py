@@ -38,7 +38,7 @@ class Case:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """One decoding step is inference only; everything else is measured forward, and forward + backward."""
+        """One decoding step is inference only; all else is measured forward, and forward + backward."""
         return ("forward",) if self.T == 1 else ("forward", "training")
 
     def describe(self) -> str:
@@ -71,7 +71,7 @@ class Case:
         return GATES[family] * self.H * self.H * itemsize
 
     def scaled(self, family: str, flops: float) -> Case:
-        """The same case with T cut so that a forward pass stays within `flops`: for checks and cheap gates."""
+        """The same case with T cut so that a forward pass stays within `flops`: checks, cheap gates."""
         T = min(self.T, max(2, math.floor(self.T * flops / self.flops(family))))
         return self if T == self.T else dataclasses.replace(self, T=T)
 

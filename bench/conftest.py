@@ -1,4 +1,4 @@
-"""Options, the session's records and the measuring fixtures. `pytest bench/ --help` lists the options under "seqkern"."""
+"""Options (`pytest bench/ --help`, under "seqkern"), the session's records, the measuring fixture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-quick",
         dest="bench_quick",
         action="store_true",
-        help="measure the short cases only, with fewer rounds; saves nothing unless --benchmark-results is given",
+        help="measure the short cases only, in fewer rounds; saves nothing without --benchmark-results",
     )
     group.addoption(
         "--benchmark-case",
@@ -175,9 +175,9 @@ SESSION: pytest.StashKey[Session] = pytest.StashKey()
 
 @pytest.fixture
 def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, str, str], None]:
-    """measure(family, dtype, case, mode): the gate, then interleaved rounds; a plain check runs each subject once.
+    """measure(family, dtype, case, mode): the gate, then interleaved rounds; a plain check runs each once.
 
-    pytest-benchmark drives the rounds: its target is seqkern's block, its (untimed) set-up the block of every peer.
+    pytest-benchmark drives the rounds: its target is seqkern's block, its (untimed) set-up every peer's.
     """
 
     def run(family: str, dtype_name: str, case_name: str, mode: str) -> None:
@@ -201,7 +201,7 @@ def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, st
         def peers() -> None:
             nonlocal done
             if session.measuring and budget.spent(time.perf_counter() - start, done):
-                raise harness.OutOfTime
+                raise harness.OutOfTimeError
             done += 1
             for name in others:
                 interleaved.block(name)
@@ -209,7 +209,7 @@ def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, st
         with harness.no_collection():
             try:
                 benchmark.pedantic(lambda: interleaved.block(target), setup=peers, rounds=rounds)
-            except harness.OutOfTime:
+            except harness.OutOfTimeError:
                 benchmark.has_error = False  # the rounds that were done count
         if session.measuring:
             for entry in harness.speed_entries(interleaved, problem, mode, gates):
@@ -223,7 +223,7 @@ def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, st
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the arguments `dtype, case, mode` gets the grid of its module's FAMILY; long cases are marked so."""
+    """A test that takes `dtype, case, mode` gets the grid of its module's FAMILY; long cases are marked."""
     if not {"dtype", "case", "mode"} <= set(metafunc.fixturenames):
         return
     family = metafunc.module.FAMILY
@@ -269,5 +269,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             )
     if session.facts and (session.facts.get("busy_before") or 0) > 0.05:
         terminalreporter.write_line(
-            f"WARNING: the machine was {session.facts['busy_before']:.0%} busy before the run: measure on a quiet one"
+            f"WARNING: the machine was {session.facts['busy_before']:.0%} busy before: measure on a quiet one"
         )

@@ -1,9 +1,10 @@
 """How a case is measured: one problem, several subjects, timed in turn.
 
-A Problem holds one set of inputs and one state_dict, in torch.nn's module and in seqkern's. Its subjects are closures
-that run the same step: "torch" is the peer, the others are seqkern's ("lengths" and "packed" in the ragged case).
-A round calls each subject once (short calls: a block of them), so that whatever disturbs the machine disturbs all
-(A B A B …). Medians and p20/p80 come from many rounds; a case counts as slower only if the bands part.
+A Problem holds one set of inputs and one state_dict, in torch.nn's module and in seqkern's. Its subjects
+are closures that run the same step: "torch" is the peer, the others are seqkern's ("lengths" and
+"packed" in the ragged case). A round calls each subject once (short calls: a block of them), so that
+whatever disturbs the machine disturbs all (A B A B …). Medians and p20/p80 come from many rounds; a case
+is slower only if the bands part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TORCH = "torch"
 Call = Callable[[], torch.Tensor]  # runs one step, returns what the loss hangs on
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- statistics --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Spread:
 
 
 def verdict(peer: dict[str, float], ours: dict[str, float]) -> str:
-    """ "faster" or "slower" where the p20–p80 bands part, else "even". Arguments as Spread.to_json gives them."""
+    """ "faster" or "slower" where the p20–p80 bands part, else "even". Takes Spread.to_json's."""
     if ours["p20"] > peer["p80"]:
         return "slower"
     return "faster" if ours["p80"] < peer["p20"] else "even"
 
 
-# --- one problem ----------------------------------------------------------------------------------------------------
+# --- one problem -------------------------------------------------------------------------------------------
 
 
 def build(library: object, family: str, case: Case) -> torch.nn.Module:
@@ -105,8 +106,8 @@ class Problem:
                 TORCH: (theirs, lambda: first(theirs(x, hx)), [x]),
                 "seqkern": (ours, lambda: first(ours(x, hx)), [x]),
             }
-        # Ragged: both packed layers get a ready PackedSequence; what torch.nn's user pays for packing and unpacking
-        # padded data is timed on its own ("packing").
+        # Ragged: both packed layers get a ready PackedSequence; what torch.nn's user pays for packing
+        # padded data and unpacking is timed on its own ("packing").
         packed, lengths, T = self.pack(x), self.lengths.to(self.device), self.case.T
         return {
             TORCH: (theirs, lambda: theirs(packed, hx)[0].data, [packed.data]),
@@ -186,7 +187,7 @@ class Problem:
 
 
 class NullLibrary:
-    """torch.nn in seqkern's place (--benchmark-null): every ratio should come out as 1, so this measures the harness."""
+    """torch.nn in seqkern's place (--benchmark-null): every ratio should be 1, so it measures the harness."""
 
     def __getattr__(self, name: str) -> type:
         base = getattr(torch.nn, name)
@@ -208,7 +209,7 @@ def first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
+# --- timing ------------------------------------------------------------------------------------------------
 
 _flush: torch.Tensor | None = None
 
@@ -254,8 +255,9 @@ def timed_training(call: Call, leaves: list[torch.Tensor], dy: torch.Tensor, dev
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long one case may take: `seconds` of rounds, at least `least` of them, at most `most`; 3 do once `limit` seconds
-    have passed, which a long case or a machine that has become busy since the warm-up needs."""
+    """How long one case may take: `seconds` of rounds, at least `least` of them, at most `most`; 3 do
+    once `limit` seconds have passed: for long cases, and for a machine that has become busy since the
+    warm-up."""
 
     seconds: float
     least: int
@@ -273,12 +275,12 @@ class Budget:
         return seconds > 3 * self.seconds
 
 
-class OutOfTime(Exception):
+class OutOfTimeError(Exception):
     """Ends the rounds early."""
 
 
 class Interleaved:
-    """Times subjects in turn. Short calls run in blocks of a few, so that caches are warm as in a real loop."""
+    """Times subjects in turn. Short calls run in blocks, so that caches are warm as in a real loop."""
 
     BLOCK_SECONDS, BLOCK_CALLS = 2e-3, 16
 
@@ -328,7 +330,7 @@ class no_collection:  # noqa: N801  (a context manager, used like a function)
 def speed_entries(
     interleaved: Interleaved, problem: Problem, mode: str, gates: dict[str, parity.Parity]
 ) -> Iterator[dict[str, object]]:
-    """The JSON entries of a measured case: one for each seqkern subject and part (backward beside training)."""
+    """The JSON entries of a measured case: one a seqkern subject and part (backward beside training)."""
     family, case = problem.family, problem.case
     dtype = str(problem.dtype).removeprefix("torch.")
     for name in interleaved.steps:

@@ -1,8 +1,9 @@
 """What this machine could do at best, measured in the run that measures the cases.
 
-fma_peak        GF/s    float32 multiply-adds in registers on all threads (seqkern._C.fma_peak, if the extension has it)
-gemm_<dtype>    GF/s    the best matrix product among torch.mm (MKL for float32, oneDNN for bfloat16) and oneDNN's linear
-read_<bytes>    GB/s    re-reading a buffer of that size: W_hh of the batch-1 cases, from whichever cache holds it
+fma_peak      GF/s  float32 multiply-adds in registers, all threads (seqkern._C.fma_peak, if it is there)
+gemm_<dtype>  GF/s  the best matrix product: torch.mm (oneDNN for bfloat16, else MKL) or oneDNN's linear
+read_<bytes>  GB/s  re-reading a buffer of that size: W_hh at batch 1, from whichever cache holds it
+
 Each figure is the best of many: a limit is what the machine reaches undisturbed.
 """
 
@@ -17,7 +18,7 @@ from bench import cases
 
 
 def best_rate(call: Callable[[], object], work: float, seconds: float = 0.3, device: str = "cpu") -> float:
-    """`work` per second, in units of 1e9, of the fastest of as many calls as fit into `seconds` (at least 3)."""
+    """`work` per second, in 1e9, of the fastest of the calls (at least 3) that fit into `seconds`."""
     call()
     best, rounds, end = float("inf"), 0, time.perf_counter() + seconds
     while rounds < 3 or time.perf_counter() < end:
@@ -59,7 +60,9 @@ def read_rate(extension: object, size: int, seconds: float = 0.2) -> tuple[float
 def measure(device: str, quick: bool = False) -> dict[str, object]:
     """The limits of this machine with the current thread settings; see the module's head for the keys."""
     try:
-        from seqkern._extension import _C as extension
+        from seqkern import _extension
+
+        extension = getattr(_extension, "_C", None)
     except ImportError:
         extension = None
     seconds = 0.1 if quick else 0.4
@@ -83,7 +86,7 @@ def measure(device: str, quick: bool = False) -> dict[str, object]:
 
 
 def peak(limits: dict[str, object], dtype: str) -> tuple[float, str] | None:
-    """(GF/s, its name) that a case in `dtype` is held against: the FMA peak for float32, else the best GEMM."""
+    """(GF/s, its name) that a case in `dtype` is held against: FMA peak for float32, else the best GEMM."""
     for key, name in (("fma_peak", "FMA peak"), (f"gemm_{dtype}", "best GEMM")):
         if key in limits and (key != "fma_peak" or dtype == "float32"):
             return float(limits[key]), name

@@ -31,7 +31,7 @@ def slugify(text: str) -> str:
 
 
 def describe_cpu(cpuinfo: str) -> dict[str, str]:
-    """From /proc/cpuinfo: model name, family and model numbers (a name may be as bare as "AMD EPYC"), best ISA."""
+    """From /proc/cpuinfo: name, family and model numbers (a name may be as bare as "AMD EPYC"), best ISA."""
     fields: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
@@ -109,7 +109,7 @@ def commit() -> dict[str, object]:
 
 
 def software() -> dict[str, object]:
-    """Versions of what takes part, and what seqkern's extension says of itself (entries with a path left out)."""
+    """Versions of what takes part, and what seqkern's extension says of itself (no paths)."""
     import seqkern
     from seqkern import _extension
 
@@ -133,7 +133,7 @@ def software() -> dict[str, object]:
 
 
 def run_facts(device: str, threads: int, limits: dict[str, object]) -> dict[str, object]:
-    """What belongs to one run: when, which commit, versions, threads, how quiet it was, what the machine can do."""
+    """What belongs to one run: when, which commit, versions, threads, what the machine can do."""
     now = datetime.datetime.now(datetime.timezone.utc)
     facts: dict[str, object] = {"date": now.strftime("%Y-%m-%dT%H:%MZ"), **commit()}
     facts |= {"device": device, "threads": threads, "platform": sys.platform, "software": software()}

@@ -1,9 +1,10 @@
-"""Peak memory of one training step (forward + backward) of a fresh process: its own allocator, nothing warmed up.
+"""Peak memory of one training step (forward + backward) in a fresh process, its allocator still empty.
 
-    python -m bench.memory FAMILY CASE torch|seqkern [--threads N] [--steps T]        prints {"bytes": …}
+    python -m bench.memory FAMILY CASE torch|seqkern [--threads N] [--steps T]    prints {"bytes": …}
 
-CPU: the high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs) less what was resident before the
-step, when the libraries, the weights, x and dy were already there. GPU: torch.cuda.max_memory_allocated likewise.
+CPU: the high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs) less what was
+resident before the step, when the libraries, the weights, x and dy were already there. GPU:
+torch.cuda.max_memory_allocated likewise.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def supported(device: str) -> bool:
 
 
 def training_step_peak(library: object, family: str, case: cases.Case, device: str) -> int:
-    """Bytes that one training step adds at its peak: what it saves, its workspaces, the outputs and the gradients."""
+    """Bytes that one training step adds at its peak: saved, workspaces, outputs, gradients."""
     tiny = dataclasses.replace(case, B=2, T=3, I=16, H=16)
     one_step(*prepare(library, family, tiny, device))  # loads libraries, starts threads
     step = prepare(library, family, case, device)

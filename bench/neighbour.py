@@ -1,4 +1,4 @@
-"""A second process that keeps one core busy: what a layer is like on a machine that it does not have to itself."""
+"""A second process that keeps one core busy: a layer on a machine that it shares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 from bench.machine import available_cores
 
-# Pinned to the last core that we may use; ends with its parent, and by itself after ten minutes at the latest.
+# Pinned to the last core that we may use; ends with its parent, or after ten minutes.
 SPIN = """
 import os, time
 if hasattr(os, "sched_setaffinity"):

@@ -1,11 +1,11 @@
 """The gate before every number: seqkern's outputs and gradients are as right as torch.nn's.
 
-The referee is torch.nn on the same values in a wider type: float64 for float32, float32 for the 16-bit types (its own
-error, 2^-24, vanishes beside theirs). A tensor passes when
+The referee is torch.nn on the same values in a wider type: float64 for float32, float32 for the 16-bit
+types (its own error, 2^-24, vanishes beside theirs). A tensor passes when
 
     max|seqkern - referee|  <=  2 * max|torch.nn - referee| + FLOOR_ULPS * eps * max|referee|
 
-(DESIGN.md §4). Where a run has no time for the full shape (--benchmark-quick, plain checks) the gate keeps B, I, H and
+Where a run has no time for the full shape (--benchmark-quick, plain checks) the gate keeps B, I, H and
 layers and cuts T (Case.scaled); a full measurement always gates the full shape.
 """
 

@@ -3,8 +3,8 @@
     {"schema": 1, "machine": {…}, "runs": {id: {date, commit, software, threads, limits, …}},
      "speed": [entry, …], "memory": [entry, …], "neighbour": [entry, …]}
 
-An entry has an "id" and the "run" that measured it. A new measurement replaces the entry of its id; a case that fails its
-gate loses it (no number on a red test); a run that no entry points to any more goes.
+An entry has an "id" and the "run" that measured it. A new measurement replaces the entry of its id; a
+case that fails its gate loses it (no number on a red test); a run that no entry points to any more goes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def merge(
     new: dict[str, list[Document]],
     failed: Iterable[str] = (),
 ) -> Document:
-    """`old` with the entries of `new` (kind -> entries) in place of those of the same id, and without `failed` ids."""
+    """`old` with the entries of `new` (kind -> entries) in place of those of the same id, without
+    `failed`."""
     runs = dict(old["runs"]) if old else {}
     run_id = f"{run['date']} {run['commit'] or 'no commit'}{' dirty' if run.get('dirty') else ''}"
     runs[run_id] = run
