@@ -5,11 +5,11 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "build_facts.h"
+#include "cpu/dispatch.h"
 #include "cuda/device.h"
 
 namespace {
@@ -20,7 +20,39 @@ namespace {
 
 }  // namespace
 
-TORCH_LIBRARY(seqkern, library) { (void)library; }
+// One recurrent layer each. x [T, B, I], or [N, I] with batch_sizes; h0 [D, B, P]; c0 [D, B, H];
+// params: per direction w_ih, w_hh[, b_ih, b_hh][, w_hr]; reserve: what backward needs, opaque.
+// What they compute: seqkern/reference.
+TORCH_LIBRARY(seqkern, library) {
+  library.def(
+      "rnn_forward(Tensor x, Tensor h0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
+      "bool relu, bool save)"
+      " -> (Tensor y, Tensor h_n, Tensor reserve)");
+  library.def(
+      "rnn_backward(Tensor? dy, Tensor? dh_n, Tensor x, Tensor h0, Tensor[] params, Tensor? "
+      "lengths,"
+      " Tensor? batch_sizes, Tensor y, Tensor reserve, bool relu, bool need_dx, bool need_dparams)"
+      " -> (Tensor dx, Tensor dh0, Tensor[] dparams)");
+  library.def(
+      "gru_forward(Tensor x, Tensor h0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
+      "bool save)"
+      " -> (Tensor y, Tensor h_n, Tensor reserve)");
+  library.def(
+      "gru_backward(Tensor? dy, Tensor? dh_n, Tensor x, Tensor h0, Tensor[] params, Tensor? "
+      "lengths,"
+      " Tensor? batch_sizes, Tensor y, Tensor reserve, bool need_dx, bool need_dparams)"
+      " -> (Tensor dx, Tensor dh0, Tensor[] dparams)");
+  library.def(
+      "lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor[] params, Tensor? lengths, Tensor? "
+      "batch_sizes, bool save)"
+      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
+  library.def(
+      "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, "
+      "Tensor[] params,"
+      " Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor reserve, bool need_dx, bool "
+      "need_dparams)"
+      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+}
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "seqkern's compiled operators: importing it registers torch.ops.seqkern";
@@ -36,11 +68,20 @@ PYBIND11_MODULE(_C, module) {
 #undef SEQKERN_NAME
     return info;
   });
-  module.def("instruction_sets", [] { return std::vector<std::string>{"baseline"}; });
-  module.def("instruction_set", [] { return std::string("baseline"); });
-  module.def("set_instruction_set", [](const std::string& name) {
-    if (name != "baseline")
-      throw std::invalid_argument("instruction set: expected baseline, got " + name);
+  module.def("instruction_sets", &seqkern::instruction_sets);
+  module.def("instruction_set", [] { return std::string(seqkern::kernels().name); });
+  module.def("set_instruction_set", &seqkern::set_instruction_set);
+  // For tests and benchmarks.
+  module.def("activation", [](const std::string& name, const std::vector<float>& x) {
+    std::vector<float> y(x.size());
+    seqkern::kernels().activation(name.c_str(), x.data(), y.data(), int64_t(x.size()));
+    return y;
+  });
+  module.def("fma_peak", [](int threads, double seconds) {
+    return seqkern::kernels().fma_peak(threads, seconds);
+  });
+  module.def("read_bandwidth", [](int threads, int64_t bytes, double seconds) {
+    return seqkern::kernels().read_bandwidth(threads, bytes, seconds);
   });
   module.def("cuda_status", &seqkern::cuda::status);
 }

@@ -1,0 +1,469 @@
+// The backward pass of a recurrent layer (recurrence.h), in three stages, each one parallel region:
+//   1  pack the weights, note where every row lies
+//   2  the recurrence the other way round: dh_t, dc_t -> dpre_t; dh_{t-1} = W_hh' dpre_t + what
+//   goes past W_hh.
+//      Tasks and members as in forward. Writes dpre [rows, D, kSlots*H], dh0, dc0.
+//   3  dx = dpre W_ih, by rows; dW_ih = dpre' x, dW_hh = dpre' h_prev, db = sum dpre, by rows of
+//   dW: every sum is
+//      made by one thread in the order of the rows, so the number of threads changes no bit.
+#pragma once
+
+#include "recurrence.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+
+template <class S, template <class> class CellOf>
+struct Backward : Layer<S, CellOf> {
+  using Base = Layer<S, CellOf>;
+  using Base::B, Base::blocks, Base::D, Base::G, Base::H, Base::Hp, Base::I, Base::kBlocksPerPanel,
+      Base::kSaved, Base::kSlots, Base::L, Base::P, Base::Pp, Base::projected, Base::seq, Base::T;
+  using typename Base::A;
+  using typename Base::C;
+  using typename Base::Cell;
+  using typename Base::V;
+
+  static constexpr int kPanel = kMaxNV * L;  // outputs of a full panel
+  static constexpr int kTile = max_rows(kMaxNV);
+  static constexpr int64_t kBlockSum = 64;
+
+  const BackwardParams& q;
+  const int64_t ld;  // elements of a row of dpre, one direction: kSlots * H
+  const int64_t rows;
+  const int64_t round;  // rows per round of a weight gradient: short sums are rounded less, long
+                        // rounds are faster
+
+  struct Task {
+    C* dh;  // [slice rows][Pp]: gradient that reaches h from later steps
+    C* dc;  // [slice rows][Hp]
+    C* dm;  // [slice rows][Hp]: gradient of h before its projection
+    Barrier* barrier;
+  };
+  struct Thread {
+    const A** a_row;  // [max(slice rows, kChunkRows)]
+    C* dx;            // [kChunkRows][round_up(I, kPanel)]
+    A* a;             // [round_up(M part, kTile)][kBlockK]: packed dpre
+    A* b;             // [kBlockK][kPanel]: packed rows of x or h
+    C* out;           // [kTile][kPanel]
+    C* db;            // [ld]
+  };
+  struct Memory {
+    A *w_ih[2], *w_hh[2], *w_hr[2];     // packed, [outputs I, P, H][k: dpre, dpre, dh]
+    A* dpre;                            // [rows][D][ld]
+    A* dh;                              // [rows][D][P], if projected: whole gradient of y
+    A* m;                               // [rows][D][H], if projected: h before its projection
+    const S** x_row;                    // [rows]
+    S** dx_row;                         // [rows]
+    const S** h_row[2];                 // [rows]: h_prev of direction d
+    const A** m_row[2];                 // [rows], if projected
+    C *dw_ih[2], *dw_hh[2], *dw_hr[2];  // sums, where S is narrower
+    Scratch rest;
+  };
+
+  explicit Backward(const BackwardParams& params)
+      : Base(params),
+        q(params),
+        ld(kSlots * H),
+        rows(seq.rows),
+        round(rows <= 1024 ? 64 : kBlockK) {}
+
+  int64_t slice_rows(const Plan& plan) const { return ceil_div(B, plan.slices); }
+  int64_t unit_panels() const { return ceil_div(H, kPanel); }
+  Plan plan(int threads) const {
+    return make_plan(q, threads, G * H * P * int64_t(sizeof(A)), unit_panels());
+  }
+
+  Memory carve_shared(char* base) const {
+    Memory memory{};
+    Scratch scratch{base};
+    for (int64_t d = 0; d < D; d++) {
+      memory.w_hh[d] = scratch.take<A>(ceil_div(P, kPanel) * panel_size<A>(G * H, kMaxNV));
+      if (q.dx.data)
+        memory.w_ih[d] = scratch.take<A>(ceil_div(I, kPanel) * panel_size<A>(G * H, kMaxNV));
+      if (projected)
+        memory.w_hr[d] = scratch.take<A>(ceil_div(H, kPanel) * panel_size<A>(P, kMaxNV));
+      memory.h_row[d] = scratch.take<const S*>(rows);
+      if (q.need_dweights && !__is_same(S, C)) {
+        memory.dw_ih[d] = scratch.take<C>(G * H * I);
+        memory.dw_hh[d] = scratch.take<C>(G * H * P);
+        if (projected) memory.dw_hr[d] = scratch.take<C>(P * H);
+      }
+    }
+    memory.x_row = scratch.take<const S*>(rows);
+    memory.dx_row = scratch.take<S*>(rows);
+    memory.dpre = scratch.take<A>(rows * D * ld);
+    if (projected) {
+      memory.dh = scratch.take<A>(rows * D * P);
+      memory.m = scratch.take<A>(rows * D * H);
+      for (int64_t d = 0; d < D; d++) memory.m_row[d] = scratch.take<const A*>(rows);
+    }
+    memory.rest = scratch;
+    return memory;
+  }
+
+  Task carve_task(Scratch& scratch, const Plan& plan) const {
+    Task task{};
+    task.dh = scratch.take<C>(slice_rows(plan) * Pp);
+    if (Cell::kHasC) task.dc = scratch.take<C>(slice_rows(plan) * Hp);
+    if (projected) task.dm = scratch.take<C>(slice_rows(plan) * Hp);
+    task.barrier = scratch.take<Barrier>(1);
+    return task;
+  }
+
+  Thread carve_thread(Scratch& scratch, const Plan& plan) const {
+    Thread thread{};
+    thread.a_row =
+        scratch.take<const A*>(slice_rows(plan) > kChunkRows ? slice_rows(plan) : kChunkRows);
+    thread.dx = scratch.take<C>(q.dx.data ? kChunkRows * round_up(I, kPanel) : 0);
+    if (q.need_dweights) {
+      thread.a = scratch.take<A>(round_up(G * H > P ? G * H : P, kTile) * kBlockK);
+      thread.b = scratch.take<A>(kBlockK * kPanel);
+      thread.out = scratch.take<C>(kTile * kPanel);
+      thread.db = scratch.take<C>(round_up(ld, L));
+    }
+    return thread;
+  }
+
+  size_t scratch_bytes() const {
+    const Memory memory = carve_shared(nullptr);
+    size_t most = 0;
+    const int counts[2] = {1, q.threads};
+    for (int threads : counts) {
+      Scratch scratch = memory.rest;
+      const Plan pl = plan(threads);
+      for (int64_t i = 0; i < D * pl.slices; i++) carve_task(scratch, pl);
+      for (int i = 0; i < q.threads; i++) carve_thread(scratch, pl);
+      if (scratch.used > most) most = scratch.used;
+    }
+    return most;
+  }
+
+  // w [K, n] -> panels of n; row k of the panel is row (k + first) % K of w.
+  void pack_columns(A* packed, const S* w, int64_t K, int64_t n, int64_t first, int thread,
+                    int threads) const {
+    const int64_t count = ceil_div(n, kPanel);
+    const S* row[kBlockK];
+    for (int64_t i = part_begin(count, thread, threads); i < part_begin(count, thread + 1, threads);
+         i++) {
+      const int nv = Base::nv_of(n, i);
+      A* panel = packed + i * panel_size<A>(K, kMaxNV);
+      for (int64_t k0 = 0; k0 < K; k0 += kBlockK) {
+        const int64_t k1 = k0 + kBlockK < K ? k0 + kBlockK : K;
+        for (int64_t k = k0; k < k1; k++) row[k - k0] = w + (k + first) % K * n + i * kPanel;
+        pack_panel_of_columns(panel + k0 * nv * L, row, k1 - k0, nv, n - i * kPanel);
+      }
+    }
+  }
+
+  void run() const {
+    const Memory memory = carve_shared((char*)q.scratch);
+    parallel(q.threads, [&](int thread, int threads) {
+      for (int64_t d = 0; d < D; d++) {
+        const Weights& w = q.weights[d];
+        pack_columns(memory.w_hh[d], (const S*)w.w_hh, G * H, P, 0, thread, threads);
+        if (q.dx.data)
+          pack_columns(memory.w_ih[d], (const S*)w.w_ih, G * H, I, kSlots > G ? (G - 1) * H : 0,
+                       thread, threads);
+        if (projected) pack_columns(memory.w_hr[d], (const S*)w.w_hr, P, H, 0, thread, threads);
+      }
+      for (int64_t t = part_begin(T, thread, threads); t < part_begin(T, thread + 1, threads); t++)
+        for (int64_t j = 0; j < seq.active[t]; j++) {
+          const int64_t n = seq.first[t] + j;
+          memory.x_row[n] = this->template row_of<const S>(q.x, t, j);
+          if (q.dx.data) memory.dx_row[n] = this->template row_of<S>(q.dx, t, j);
+          for (int64_t d = 0; d < D; d++) {
+            memory.h_row[d][n] = this->h_prev(d, t, j);
+            if (projected) memory.m_row[d][n] = memory.m + (n * D + d) * H;
+          }
+        }
+    });
+
+    const Plan planned = plan(q.threads);
+    const int64_t tasks = D * planned.slices;
+    const int wanted =
+        tasks * planned.members > q.threads ? q.threads : int(tasks * planned.members);
+    Scratch scratch = memory.rest;
+    for (int64_t i = 0; i < tasks; i++) carve_task(scratch, planned).barrier->reset();
+    parallel(wanted, [&](int thread, int threads) {
+      if (threads < wanted) {  // OpenMP gave fewer: members could wait for nobody
+        if (thread == 0) run_tasks(memory, plan(1), 0, 1);
+      } else {
+        run_tasks(memory, planned, thread, threads);
+      }
+    });
+
+    if (!q.dx.data && !q.need_dweights) return;
+    parallel(q.threads, [&](int thread, int threads) {
+      Scratch mine = memory.rest;
+      Thread t{};
+      for (int i = 0; i <= thread; i++) t = carve_thread(mine, planned);
+      if (q.dx.data) make_dx(memory, t, thread, threads);
+      if (q.need_dweights)
+        for (int64_t d = 0; d < D; d++) make_dweights(memory, t, d, thread, threads);
+    });
+  }
+
+  void run_tasks(const Memory& memory, const Plan& plan, int thread, int threads) const {
+    const int64_t tasks = D * plan.slices;
+    Scratch scratch = memory.rest;
+    for (int64_t i = 0; i < tasks; i++) carve_task(scratch, plan);
+    Thread mine{};
+    for (int i = 0; i <= thread; i++) mine = carve_thread(scratch, plan);
+    for (int64_t i = thread / plan.members; i < tasks; i += threads / plan.members) {
+      Scratch again = memory.rest;
+      Task task{};
+      for (int64_t k = 0; k <= i; k++) task = carve_task(again, plan);
+      run_task(memory, plan, task, mine, i / plan.slices, i % plan.slices, thread % plan.members);
+    }
+  }
+
+  A* dpre_row(const Memory& memory, int64_t d, int64_t t, int64_t j) const {
+    return memory.dpre + ((seq.first[t] + j) * D + d) * ld;
+  }
+
+  void run_task(const Memory& memory, const Plan& plan, const Task& task, const Thread& mine,
+                int64_t d, int64_t slice, int64_t member) const {
+    const int64_t slices = plan.slices;
+    const int64_t panel_begin = part_begin(unit_panels(), member, plan.members);
+    const int64_t panel_end = part_begin(unit_panels(), member + 1, plan.members);
+    const int64_t block_begin = panel_begin * kMaxNV;
+    const int64_t block_end = panel_end * kMaxNV < blocks ? panel_end * kMaxNV : blocks;
+    const auto sorted = [&](int64_t i) { return i * slices + slice; };
+    const int64_t n_rows = slice < B ? ceil_div(B - slice, slices) : 0;
+
+    for (int64_t i = 0; i < n_rows; i++) {
+      const int64_t row = d * B + seq.row[sorted(i)];
+      // A task of one member owns all of h; members own their blocks of it (P == H then).
+      for (int64_t u = projected ? 0 : block_begin; u < (projected ? ceil_div(P, L) : block_end);
+           u++)
+        store(task.dh + i * Pp + u * L,
+              q.dh_n ? load_first((const S*)q.dh_n + row * P + u * L, P - u * L) : V{});
+      if constexpr (Cell::kHasC)
+        for (int64_t u = block_begin; u < block_end; u++)
+          store(task.dc + i * Hp + u * L,
+                q.dc_n ? load_first((const S*)q.dc_n + row * H + u * L, H - u * L) : V{});
+    }
+
+    for (int64_t step = 0; step < T; step++) {
+      const int64_t t = d == 0 ? T - 1 - step : step;
+      const int64_t n = this->alive(t, slice, slices);
+      if (n == 0) continue;
+      if (projected) unproject(memory, task, mine, d, t, n, sorted);
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t j = sorted(i);
+        const S* dy =
+            q.dy.data && !projected ? this->template row_of<const S>(q.dy, t, j) + d * P : nullptr;
+        for (int64_t u = block_begin; u < block_end; u++) gates(memory, task, d, t, i, j, u, dy);
+        mine.a_row[i] = dpre_row(memory, d, t, j) + (kSlots - G) * H;
+      }
+      if (plan.members > 1) task.barrier->wait(int(plan.members));
+      // dh += W_hh' dpre. A member's blocks of units are also its blocks of h.
+      const int64_t h_begin = projected ? 0 : panel_begin;
+      const int64_t h_end = projected ? ceil_div(P, kPanel) : panel_end;
+      multiply(memory.w_hh[d], G * H, P, h_begin, h_end, mine.a_row, n, task.dh, Pp, true);
+    }
+
+    for (int64_t i = 0; i < n_rows; i++) {
+      const int64_t row = d * B + seq.row[sorted(i)];
+      for (int64_t u = projected ? 0 : block_begin; u < (projected ? ceil_div(P, L) : block_end);
+           u++)
+        store_first((S*)q.dh0 + row * P + u * L, load(task.dh + i * Pp + u * L), P - u * L);
+      if constexpr (Cell::kHasC)
+        for (int64_t u = block_begin; u < block_end; u++)
+          store_first((S*)q.dc0 + row * H + u * L, load(task.dc + i * Hp + u * L), H - u * L);
+    }
+  }
+
+  // out[i][n] (+)= sum_k row[i][k] w(k, n), panels begin..end of w.
+  void multiply(const A* packed, int64_t K, int64_t N, int64_t begin, int64_t end,
+                const A* const* row, int64_t n, C* out, int64_t ld_out, bool accumulate) const {
+    for (int64_t panel = begin; panel < end; panel++) {
+      const int nv = Base::nv_of(N, panel);
+      const int most = max_rows(nv);
+      const A* w = packed + panel * panel_size<A>(K, kMaxNV);
+      for (int64_t i = 0; i < ceil_div(n, most); i++) {
+        const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
+        C* o = out + r0 * ld_out + panel * kPanel;
+        tile(int(r1 - r0), nv, o, ld_out, accumulate ? o : nullptr, ld_out,
+             PointerRows<A>{row + r0}, w, K);
+      }
+    }
+  }
+
+  // dh (all of it) -> memory.dh, task.dm = W_hr' dh; task.dh becomes 0: what is left goes through
+  // W_hh alone.
+  template <class Sorted>
+  void unproject(const Memory& memory, const Task& task, const Thread& mine, int64_t d, int64_t t,
+                 int64_t n, const Sorted& sorted) const {
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t j = sorted(i);
+      A* dh = memory.dh + ((seq.first[t] + j) * D + d) * P;
+      for (int64_t u = 0; u < ceil_div(P, L); u++) {
+        V sum = load(task.dh + i * Pp + u * L);
+        if (q.dy.data)
+          sum += load_first(this->template row_of<const S>(q.dy, t, j) + d * P + u * L, P - u * L);
+        store_first(dh + u * L, sum, P - u * L);
+        store(task.dh + i * Pp + u * L, V{});
+      }
+      mine.a_row[i] = dh;
+    }
+    multiply(memory.w_hr[d], P, H, 0, unit_panels(), mine.a_row, n, task.dm, Hp, false);
+  }
+
+  // From dh and dc to dpre of block u of one row; dh becomes what goes past W_hh, dc that of
+  // c_prev.
+  SEQKERN_INLINE void gates(const Memory& memory, const Task& task, int64_t d, int64_t t, int64_t i,
+                            int64_t j, int64_t u, const S* dy) const {
+    const int64_t valid = H - u * L;
+    C* dh_memory = projected ? task.dm + i * Hp + u * L : task.dh + i * Pp + u * L;
+    V dh = load(dh_memory), dc{}, c_prev{}, h_prev{}, h{};
+    if (dy) dh += load_first(dy + u * L, valid);
+    V saved[kSaved > 0 ? kSaved : 1], dpre[kSlots];
+    for (int s = 0; s < kSaved; s++) saved[s] = load(this->saved(d, t, j, u) + s * L);
+    if constexpr (Cell::kHasC) {
+      dc = load(task.dc + i * Hp + u * L);
+      const bool starts = d == 0 ? t == 0 : t == T - 1 || j >= seq.active[t + 1];
+      c_prev = starts ? load_first((const S*)q.c0 + (d * B + seq.row[j]) * H + u * L, valid)
+                      : load(this->saved(d, d == 0 ? t - 1 : t + 1, j, u) + (kSaved - 1) * L);
+      if (projected)
+        store_first(memory.m + ((seq.first[t] + j) * D + d) * H + u * L, Cell::unprojected(saved),
+                    valid);
+    } else if constexpr (kSlots > G) {
+      h_prev = load_first(memory.h_row[d][seq.first[t] + j] + u * L, valid);
+    } else {
+      h = load_first(this->template row_of<const S>(q.y, t, j) + d * P + u * L, valid);
+    }
+    const V past = Cell::backward(dh, dc, saved, h, h_prev, c_prev, dpre);
+    if constexpr (Cell::kHasC) store(task.dc + i * Hp + u * L, dc);
+    if (!projected) store(dh_memory, past);
+    A* out = dpre_row(memory, d, t, j) + u * L;
+    for (int s = 0; s < kSlots; s++) store_first(out + s * H, dpre[s], valid);
+  }
+
+  // dx of this thread's rows: the sum over directions of dpre W_ih.
+  void make_dx(const Memory& memory, const Thread& mine, int thread, int threads) const {
+    const int64_t ld_dx = round_up(I, kPanel);
+    const int64_t end = part_begin(rows, thread + 1, threads);
+    for (int64_t row = part_begin(rows, thread, threads); row < end; row += kChunkRows) {
+      const int64_t n = end - row < kChunkRows ? end - row : kChunkRows;
+      for (int64_t d = 0; d < D; d++)
+        for (int64_t k0 = 0; k0 < G * H; k0 += kBlockK) {
+          const int64_t K = G * H - k0 < kBlockK ? G * H - k0 : kBlockK;
+          for (int64_t i = 0; i < n; i++)
+            mine.a_row[i] = memory.dpre + ((row + i) * D + d) * ld + k0;
+          for (int64_t panel = 0; panel < ceil_div(I, kPanel); panel++) {
+            const int nv = Base::nv_of(I, panel);
+            const int most = max_rows(nv);
+            const A* w = memory.w_ih[d] + panel * panel_size<A>(G * H, kMaxNV) + k0 * nv * L;
+            for (int64_t i = 0; i < ceil_div(n, most); i++) {
+              const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
+              C* out = mine.dx + r0 * ld_dx + panel * kPanel;
+              tile(int(r1 - r0), nv, out, ld_dx, d == 0 && k0 == 0 ? nullptr : out, ld_dx,
+                   PointerRows<A>{mine.a_row + r0}, w, K);
+            }
+          }
+        }
+      for (int64_t i = 0; i < n; i++) convert(memory.dx_row[row + i], mine.dx + i * ld_dx, I);
+    }
+  }
+
+  void make_dweights(const Memory& memory, const Thread& mine, int64_t d, int thread,
+                     int threads) const {
+    const WeightGradients& dw = q.dweights[d];
+    const A* dpre = memory.dpre + d * ld;
+    if constexpr (kSlots > G) {  // slots n r z n': W_ih's gates r z n are not in a row
+      outer(mine, dpre + H, D * ld, 2 * H, memory.x_row, I, memory.dw_ih[d], (S*)dw.w_ih, thread,
+            threads);
+      outer(mine, dpre, D * ld, H, memory.x_row, I,
+            memory.dw_ih[d] + (memory.dw_ih[d] ? 2 * H * I : 0), (S*)dw.w_ih + 2 * H * I, thread,
+            threads);
+    } else {
+      outer(mine, dpre, D * ld, G * H, memory.x_row, I, memory.dw_ih[d], (S*)dw.w_ih, thread,
+            threads);
+    }
+    outer(mine, dpre + (kSlots - G) * H, D * ld, G * H, memory.h_row[d], P, memory.dw_hh[d],
+          (S*)dw.w_hh, thread, threads);
+    if (projected) {
+      outer(mine, memory.dh + d * P, D * P, P, memory.m_row[d], H, memory.dw_hr[d], (S*)dw.w_hr,
+            thread, threads);
+    }
+    if (dw.b_ih) make_db(mine, dpre, dw, thread, threads);
+  }
+
+  // dW[M, N] = sum over rows r of a[r * ld_a + m] b[r][n]; this thread makes its part of the M.
+  // sum: [M, N] if S is narrower than C.
+  template <class Row>
+  void outer(const Thread& mine, const A* a, int64_t ld_a, int64_t M, const Row* const* b,
+             int64_t N, C* sum, S* dw, int thread, int threads) const {
+    const int64_t tiles = ceil_div(M, kTile);
+    const int64_t m0 = part_begin(tiles, thread, threads) * kTile;
+    int64_t m1 = part_begin(tiles, thread + 1, threads) * kTile;
+    if (m1 > M) m1 = M;
+    if (m0 >= m1) return;
+    C* out;
+    if constexpr (__is_same(S, C))
+      out = dw;
+    else
+      out = sum;
+    if (rows == 0) memset(out + m0 * N, 0, size_t((m1 - m0) * N) * sizeof(C));
+    for (int64_t k0 = 0; k0 < rows; k0 += round) {
+      const int64_t K = rows - k0 < round ? rows - k0 : round;
+      for (int64_t m = m0; m < m1; m += kTile)
+        pack_tile_of_columns(mine.a + (m - m0) * kBlockK, a + k0 * ld_a + m, ld_a, K,
+                             int(m1 - m < kTile ? m1 - m : kTile));
+      for (int64_t panel = 0; panel < ceil_div(N, kPanel); panel++) {
+        const int nv = Base::nv_of(N, panel);
+        const int64_t columns = N - panel * kPanel;
+        const Row* shifted[kBlockK];
+        for (int64_t k = 0; k < K; k++) shifted[k] = b[k0 + k] + panel * kPanel;
+        pack_panel_of_columns(mine.b, shifted, K, nv, columns);
+        for (int64_t m = m0; m < m1; m += kTile) {
+          const int r = int(m1 - m < kTile ? m1 - m : kTile);
+          C* o = out + m * N + panel * kPanel;
+          const PackedRows<A> packed{mine.a + (m - m0) * kBlockK};
+          if (columns >= nv * L) {
+            tile(r, nv, o, N, k0 == 0 ? nullptr : o, N, packed, mine.b, K);
+          } else {  // the last vector sticks out
+            tile(r, nv, mine.out, kPanel, (const C*)nullptr, 0, packed, mine.b, K);
+            for (int i = 0; i < r; i++)
+              for (int64_t n = 0; n < columns; n++) {
+                const C value = mine.out[i * kPanel + n];
+                o[i * N + n] = k0 == 0 ? value : o[i * N + n] + value;
+              }
+          }
+        }
+      }
+    }
+    if constexpr (!__is_same(S, C)) convert(dw + m0 * N, sum + m0 * N, (m1 - m0) * N);
+  }
+
+  // db_ih and db_hh: sums of dpre's columns.
+  void make_db(const Thread& mine, const A* dpre, const WeightGradients& dw, int thread,
+               int threads) const {
+    const int64_t vectors = ceil_div(ld, L);
+    const int64_t c0 = part_begin(vectors, thread, threads) * L;
+    int64_t c1 = part_begin(vectors, thread + 1, threads) * L;
+    if (c1 > ld) c1 = ld;
+    if (c0 >= c1) return;
+    for (int64_t c = c0; c < c1; c += L) {
+      V sum{};
+      for (int64_t row = 0; row < rows; row += kBlockSum) {  // a long sum in rounds: less rounding
+        const int64_t end = row + kBlockSum < rows ? row + kBlockSum : rows;
+        V partial{};
+        for (int64_t r = row; r < end; r++) partial += load_first(dpre + r * D * ld + c, ld - c);
+        sum += partial;
+      }
+      store(mine.db + c, sum);
+    }
+    for (int64_t c = c0; c < c1; c++) {  // slot c / H: W_ih's gates first, W_hh's last
+      const int64_t slot = c / H, unit = c % H;
+      const int64_t first = kSlots > G ? G - 1 : 0;
+      if (slot < G) convert((S*)dw.b_ih + (slot + first) % G * H + unit, mine.db + c, 1);
+      if (slot >= kSlots - G)
+        convert((S*)dw.b_hh + (slot - (kSlots - G)) * H + unit, mine.db + c, 1);
+    }
+  }
+};
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

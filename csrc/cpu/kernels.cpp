@@ -1,0 +1,161 @@
+// One instruction set's kernels, behind one table: compiled once per instruction set, in a
+// namespace of its name. Nothing here may call inline functions of the standard library: the linker
+// keeps one copy of those, and it could be the one compiled for the newest instruction set.
+#include "kernels.h"
+
+#include <time.h>
+
+#include "backward.h"
+
+namespace seqkern {
+namespace SEQKERN_ISA {
+namespace {
+
+template <class Pass, class Params>
+Pass pass_of(Pass*, const Params& p) {
+  return Pass(p);
+}
+
+// f((Pass<S, Cell>*)nullptr) for the storage type and the cell known at run time.
+template <template <class, template <class> class> class Pass, class F>
+auto with_cell(const LayerParams& p, const F& f) {
+#define SEQKERN_CELLS(S)                        \
+  switch (p.cell) {                             \
+    case CellKind::rnn_tanh:                    \
+      return f((Pass<S, RnnTanhCell>*)nullptr); \
+    case CellKind::rnn_relu:                    \
+      return f((Pass<S, RnnReluCell>*)nullptr); \
+    case CellKind::gru:                         \
+      return f((Pass<S, GruCell>*)nullptr);     \
+    case CellKind::lstm:                        \
+      return f((Pass<S, LstmCell>*)nullptr);    \
+  }
+  switch (p.dtype) {
+    case Dtype::f32:
+      SEQKERN_CELLS(float)
+      break;
+    case Dtype::f64:
+      SEQKERN_CELLS(double)
+      break;
+    case Dtype::bf16:
+      SEQKERN_CELLS(bf16)
+      break;
+    case Dtype::f16:
+      SEQKERN_CELLS(f16)
+      break;
+  }
+#undef SEQKERN_CELLS
+  __builtin_unreachable();
+}
+
+size_t forward_scratch(const ForwardParams& p) {
+  return with_cell<Forward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
+}
+
+void forward(const ForwardParams& p) {
+  with_cell<Forward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
+}
+
+size_t backward_scratch(const BackwardParams& p) {
+  return with_cell<Backward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
+}
+
+void backward(const BackwardParams& p) {
+  with_cell<Backward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
+}
+
+void activation(const char* f, const float* x, float* y, int64_t n) {
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const VecF v = load_first(x + i, n - i);
+    store_first(y + i, strcmp(f, "tanh") == 0 ? Math<float>::tanh(v) : Math<float>::sigmoid(v),
+                n - i);
+  }
+}
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
+}
+
+// The rate of independent fused multiply-adds in registers.
+double fma_peak(int threads, double seconds) {
+  constexpr int kSums = 12, kRounds = 20000;
+  double rate = 0;
+  parallel(threads, [&](int, int) {
+    VecF sums[kSums];
+    for (int i = 0; i < kSums; i++) sums[i] = VecF{} + float(i);
+    VecF a = VecF{} + 0.999f, b = VecF{} + 0.001f;
+    int64_t rounds = 0;
+    const double start = now();
+    double elapsed;
+    do {
+      for (int r = 0; r < kRounds; r++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kSums; i++) {
+          sums[i] = sums[i] * a + b;
+          asm volatile("" : "+x"(sums[i]));
+        }
+      }
+      rounds += kRounds;
+      elapsed = now() - start;
+    } while (elapsed < seconds);
+    const double mine = double(rounds) * kSums * kLanes<float> * 2 / elapsed * 1e-9;
+#pragma omp atomic
+    rate += mine;
+  });
+  return rate;
+}
+
+// The rate at which each thread reads its own share of `bytes`, again and again.
+double read_bandwidth(int threads, int64_t bytes, double seconds) {
+  double rate = 0;
+  const int64_t vectors = bytes / threads / kVecBytes / 8 * 8;
+  char* memory = (char*)__builtin_malloc(size_t(vectors) * size_t(threads) * kVecBytes + 64);
+  if (!memory || vectors == 0) return 0;
+  parallel(threads, [&](int thread, int) {
+    const float* data = (const float*)(memory + (64 - (uintptr_t)memory % 64)) - 16 +
+                        thread * vectors * kLanes<float>;
+    data = (const float*)(((uintptr_t)data + 63) / 64 * 64);
+    memset((void*)data, 0, size_t(vectors - 8) * kVecBytes);
+    int64_t passes = 0;
+    const double start = now();
+    double elapsed;
+    do {
+      VecF sums[8] = {};
+      for (int64_t v = 0; v + 8 <= vectors - 8; v += 8) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) sums[i] += load(data + (v + i) * kLanes<float>);
+      }
+      for (int i = 0; i < 8; i++) asm volatile("" : "+x"(sums[i]));
+      passes++;
+      elapsed = now() - start;
+    } while (elapsed < seconds);
+    const double mine = double(passes) * double(vectors - 8) * kVecBytes / elapsed * 1e-9;
+#pragma omp atomic
+    rate += mine;
+  });
+  __builtin_free(memory);
+  return rate;
+}
+
+#define SEQKERN_STRING_(x) #x
+#define SEQKERN_STRING(x) SEQKERN_STRING_(x)
+
+}  // namespace
+
+const KernelTable& kernel_table() {
+  static constexpr KernelTable table = {SEQKERN_STRING(SEQKERN_ISA),
+                                        forward_scratch,
+                                        forward,
+                                        backward_scratch,
+                                        backward,
+                                        activation,
+                                        fma_peak,
+                                        read_bandwidth};
+  return table;
+}
+
+}  // namespace SEQKERN_ISA
+}  // namespace seqkern

@@ -1,0 +1,104 @@
+// What the kernels are handed: plain structs, every pointer with its shape. No torch header.
+//
+// Letters: T steps, B batch, I input, H hidden, P size of h (H, or proj_size), D directions, G
+// gates. Rows are counted in packed order: the rows that are alive at step 0, then those alive at
+// step 1, ... Within a step they are sorted by length, longest first, so the rows alive at a step
+// are a prefix.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace seqkern {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class Dtype { f32, f64, bf16, f16 };
+enum class CellKind { rnn_tanh, rnn_relu, gru, lstm };
+
+// Where the rows of a (padded, ragged or packed) batch of sequences lie.
+struct Sequence {
+  int64_t T, B, rows;     // rows = sum of active
+  const int64_t* active;  // [T] rows alive at step t, non-increasing
+  const int64_t* first;   // [T] packed index of step t's first row
+  const int64_t* row;     // [B] the batch row that sorted row j is
+};
+
+// A tensor of one row of values per (t, j): element (t, j, k) is at data[step[t] + row[j] * stride
+// + k].
+struct RowTensor {
+  void* data;           // may be null: absent
+  const int64_t* step;  // [T] element offset of step t
+  int64_t stride;       // elements from one batch row to the next
+};
+
+struct Weights {     // of one direction, in PyTorch's layout; contiguous
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, P]
+  const void* b_ih;  // [G*H] or null
+  const void* b_hh;  // [G*H] or null
+  const void* w_hr;  // [P, H] or null
+};
+
+struct WeightGradients {  // overwritten
+  void* w_ih;             // [G*H, I]
+  void* w_hh;             // [G*H, P]
+  void* b_ih;             // [G*H] or null
+  void* b_hh;             // [G*H] or null
+  void* w_hr;             // [P, H] or null
+};
+
+struct LayerParams {
+  CellKind cell;
+  Dtype dtype;
+  int64_t I, H, P, D;
+  int threads;
+  Sequence seq;
+  Weights weights[2];  // [D]
+  RowTensor x;         // rows of I
+  RowTensor y;         // rows of D*P
+  const void* h0;      // [D, B, P]
+  const void* c0;      // [D, B, H], LSTM only
+  void* reserve;       // [rows, D, S*Hp]: what backward needs; null: not kept
+  void* scratch;       // as many bytes as the *_scratch function asked for, 64-byte aligned
+};
+
+// Forward overwrites y at every row alive, h_n, c_n and reserve.
+struct ForwardParams : LayerParams {
+  void* h_n;  // [D, B, P]
+  void* c_n;  // [D, B, H], LSTM only
+};
+
+// Backward overwrites everything below; rows of dx that are not alive are left alone.
+struct BackwardParams : LayerParams {
+  RowTensor dy;      // rows of D*P; absent: zero
+  const void* dh_n;  // [D, B, P]; null: zero
+  const void* dc_n;  // [D, B, H]; null: zero
+  RowTensor dx;      // rows of I; absent: not wanted
+  void* dh0;         // [D, B, P]
+  void* dc0;         // [D, B, H], LSTM only
+  bool need_dweights;
+  WeightGradients dweights[2];  // [D]
+};
+
+// One instruction set's kernels.
+struct KernelTable {
+  const char* name;
+  size_t (*forward_scratch)(const ForwardParams&);  // bytes
+  void (*forward)(const ForwardParams&);
+  size_t (*backward_scratch)(const BackwardParams&);  // bytes
+  void (*backward)(const BackwardParams&);
+  // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
+  void (*activation)(const char* f, const float* x, float* y, int64_t n);
+  // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads
+  // together.
+  double (*fma_peak)(int threads, double seconds);
+  double (*read_bandwidth)(int threads, int64_t bytes, double seconds);
+};
+
+}  // namespace seqkern
