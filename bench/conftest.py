@@ -17,7 +17,7 @@ from bench.cases import BY_NAME
 
 CHECK_FLOPS = {torch.float32: 5e8, torch.bfloat16: 2e8, torch.float16: 3e7}  # a plain check's forward pass
 QUICK_GATE_FLOPS = {torch.float32: 4e9, torch.bfloat16: 1e9, torch.float16: 1e8}
-FULL = harness.Budget(seconds=1.5, least=5)
+FULL = harness.Budget(seconds=1.2, least=5)
 QUICK = harness.Budget(seconds=0.4, least=3, limit=5.0)
 
 

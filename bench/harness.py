@@ -262,7 +262,7 @@ class Budget:
     seconds: float
     least: int
     most: int = 300
-    limit: float = 40.0
+    limit: float = 20.0
 
     def rounds(self, seconds_per_round: float) -> int:
         """Rounds to plan, given how long one took while warming up."""
@@ -295,7 +295,7 @@ class Interleaved:
         total, slowest = 0.0, 0.0
         for step in self.steps.values():
             seconds = largest_part(step())
-            if seconds < 2:
+            if seconds < 0.5:  # the gate has already run the shape once
                 seconds = min(largest_part(step()) for _ in range(3 if seconds < 0.1 else 1))
             total += seconds
             slowest = max(slowest, seconds)

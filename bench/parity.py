@@ -15,7 +15,7 @@ import dataclasses
 
 import torch
 
-FLOOR_ULPS = 8
+FLOOR_ULPS = 2
 REFEREE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 

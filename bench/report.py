@@ -136,7 +136,7 @@ def machine_line(results: Results) -> str:
         if "family" in machine:
             numbers = f"family {machine['family']}, model {machine['model_number']}"
             name += f" ({numbers}, {machine['instruction_set']})"
-        name += f", {machine['cores']} cores, {newest['threads']} threads"
+        name += f", cores: {machine['cores']}, threads: {newest['threads']}"
     software = newest["software"]
     parts = [name, f"torch {software['torch']}"]
     if software.get("onednn"):
@@ -444,6 +444,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
                     label=DTYPES[dtype],
                     error_kw={"elinewidth": 0.8, "capsize": 1.5},
                 )
+            axis.set_xlim(-0.6, max(len(names), 8) - 0.4)
             axis.axhline(1, color="black", linewidth=0.8)
             axis.set_title(f"{family}, {title}", fontsize=10)
             axis.set_xticks(range(len(names)), names, rotation=45, fontsize=7)

@@ -1,0 +1,327 @@
+"""bench/: the tables are what the committed JSON gives; means, verdicts and marks on made-up results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import cases, harness, machine, memory, parity, report, store  # noqa: E402
+
+RUN = {
+    "date": "2026-01-02T03:04Z",
+    "commit": "0123456789ab",
+    "dirty": False,
+    "threads": 2,
+    "software": {"torch": "2.13.0", "onednn": "3.1"},
+    "limits": {"fma_peak": 500.0, "gemm_float32": 400.0, "gemm_bfloat16": 900.0, "read_3145728": 200.0},
+}
+MACHINE = {"device": "cpu", "slug": "made-up", "model": "Made Up 1", "cores": 2}
+
+
+def spread(median: float, wide: float = 0.02) -> dict[str, float]:
+    return {"median": median, "p20": median * (1 - wide), "p80": median * (1 + wide), "rounds": 9}
+
+
+def speed(family: str, dtype: str, case: str, mode: str, ratio: float, wide: float = 0.02) -> dict:
+    """An entry in which seqkern takes 10 ms and torch.nn `ratio` times as long."""
+    theirs, ours = spread(0.01 * ratio, wide), spread(0.01, wide)
+    entry = {
+        "id": f"{family}-{dtype}-{case}-{mode}",
+        "family": family,
+        "dtype": dtype,
+        "case": case,
+        "mode": mode,
+        "torch": theirs,
+        "seqkern": ours,
+        "ratio": ratio,
+        "verdict": harness.verdict(theirs, ours),
+        "gflops": 400.0,
+        "torch_gflops": 100.0,
+        "parity": {"worst": "y", "error": 1e-7, "torch_error": 1e-7, "bound": 3e-7, "steps": 4},
+    }
+    if case == "c7":
+        entry |= {"recurrent_bytes": 3145728, "steps": 256}
+    if case.startswith("c9"):
+        entry["torch_packing"] = spread(0.001)
+    return entry
+
+
+def made_up(ratio: float = 4.0, **changed: tuple[float, float]) -> store.Document:
+    """GRU float32 over all cases at one ratio; changed: case -> (ratio, wide)."""
+    names = [*cases.MAIN, "c9-lengths", "c9-packed", "c10-b1", "c10-b16"]
+    entries = [
+        speed("GRU", "float32", name, mode, *changed.get(name.replace("-", "_"), (ratio,)))
+        for name in names
+        for mode in (("forward",) if name.startswith("c10") else ("forward", "training"))
+    ]
+    memories = [
+        {"id": "GRU-float32-c3-memory", "family": "GRU", "case": "c3", "torch": 2**20, "seqkern": 2**21}
+    ]
+    shares = {"torch": {"ratio": 9.0}, "seqkern": {"ratio": 2.75}}
+    neighbours = [
+        {"id": "GRU-float32-c1-forward", "family": "GRU", "case": "c1", "mode": "forward", **shares}
+    ]
+    return store.merge(None, MACHINE, RUN, {"speed": entries, "memory": memories, "neighbour": neighbours})
+
+
+def results(document: store.Document) -> report.Results:
+    return report.Results("made-up", [document])
+
+
+# --- the committed pages -----------------------------------------------------------------------------------
+
+
+def test_the_readme_is_what_the_results_give() -> None:
+    everything = report.load_all()
+    for path, text in report.pages(everything, store.RESULTS, report.README).items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)}: run python -m bench.report"
+
+
+def test_committed_results_name_no_host_and_no_path() -> None:
+    for path in sorted(store.RESULTS.glob("*/*.json")):
+        text = path.read_text()
+        assert "/home" not in text and "/work" not in text and "\\\\" not in text and str(ROOT) not in text
+        assert path.with_name("speed.png").exists(), f"{path.parent.name}: the README shows speed.png"
+        for entry in store.load(path)["speed"]:
+            assert entry["verdict"] == harness.verdict(entry["torch"], entry["seqkern"]), entry["id"]
+            ratio = entry["torch"]["median"] / entry["seqkern"]["median"]
+            assert entry["ratio"] == pytest.approx(ratio, rel=1e-3), entry["id"]
+
+
+# --- means, verdicts, marks --------------------------------------------------------------------------------
+
+
+def test_geometric_mean() -> None:
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert report.geometric_mean([1.7]) == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "wide", "expected"),
+    [
+        (1.5, 0.02, "faster"),
+        (0.7, 0.02, "slower"),
+        (0.97, 0.02, "even"),
+        (0.7, 0.3, "even"),
+        (1.5, 0.3, "even"),
+    ],
+)
+def test_a_case_is_slower_only_if_the_bands_part(ratio: float, wide: float, expected: str) -> None:
+    entry = speed("GRU", "float32", "c1", "forward", ratio, wide)
+    assert entry["verdict"] == expected
+    cell = report.ratio_cell(entry)
+    assert ("▼" in cell) == (expected == "slower") and ("≈" in cell) == (expected == "even")
+
+
+def test_targets_met_and_missed() -> None:
+    found = results(made_up(3.5, c1=(7.0, 0.02)))
+    target = next(t for t in cases.TARGETS if t.title.startswith("GRU float32, c1–c8"))
+    mean, count = report.target_mean(found, target, "forward")
+    assert count == 8 and mean == pytest.approx(3.5 * 2 ** (1 / 8))
+    table = report.target_table(found)
+    assert "| GRU float32, c1–c8 | 3.82× (≥ 3.20× ✓) | 3.82× (≥ 4.00× ✗) |" in table
+    assert "| GRU one step, c10 | 3.50× (≥ 2.00× ✓) |  |" in table
+    assert "RNN" not in table
+
+
+def test_an_incomplete_mean_gets_no_mark() -> None:
+    document = made_up()
+    document["speed"] = [e for e in document["speed"] if e["case"] != "c6"]
+    table = report.target_table(results(document))
+    assert "| GRU float32, c1–c8 | 4.00× (7 of 8 cases) | 4.00× (7 of 8 cases) |" in table
+
+
+def test_losses_are_listed() -> None:
+    section = report.machine_section(results(made_up(4.0, c2=(0.5, 0.02), c5=(0.98, 0.05))))
+    assert "Slower than torch.nn in 2 of 22 measurements: GRU-float32-c2-forward (0.50×)" in section
+    assert "**0.50× ▼**" in section and "0.98× ≈" in section
+    assert "none of" in report.losses_line(results(made_up()))
+
+
+def test_limits_memory_and_neighbour() -> None:
+    found = results(made_up())
+    entry = found.find("GRU", "float32", "c7", "forward")
+    assert report.peak_share(found, entry) == (0.8, "FMA peak")
+    floor = 256 * 3145728 / 200e9
+    assert report.floor_ratio(found, entry) == pytest.approx(0.01 / floor)
+    limits = report.limit_table(found)
+    assert "80% (≥ 80% ✓), torch.nn 20%" in limits and "✗" in limits  # 10 ms is 2.5 times the floor
+    assert "| GRU | 2 / 1 MiB ✗ |" in report.memory_table(found)
+    assert "2.75× ✗ / 9.00×" in report.neighbour_table(found)
+
+
+def test_seconds() -> None:
+    shown = [report.seconds(v) for v in (2.5, 0.9999, 0.0123, 0.0009999, 3.21e-05)]
+    assert shown == ["2.5 s", "1000 ms", "12.3 ms", "1000 µs", "32.1 µs"]
+
+
+def test_c2_comes_before_c10() -> None:
+    assert sorted(["c10-b1", "c2", "c9-packed", "c1"], key=report.natural) == [
+        "c1",
+        "c2",
+        "c9-packed",
+        "c10-b1",
+    ]
+
+
+# --- pages and files ---------------------------------------------------------------------------------------
+
+
+def test_renew_replaces_only_what_is_between_the_markers() -> None:
+    old = f"head\n{report.BEGIN}\nold\n{report.END}\ntail\n"
+    new = report.renew(old, "new")
+    assert new == f"head\n{report.BEGIN}\nnew\n{report.END}\ntail\n"
+    assert report.renew(new, "new") == new
+    assert report.renew(old, "") == f"head\n{report.BEGIN}\n{report.END}\ntail\n"
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.renew("no markers", "new")
+
+
+def test_the_command_writes_checks_and_repeats_itself(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    store.save(store.path_of(folder, "made-up", "GRU"), made_up())
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    arguments = ["--results", str(folder), "--readme", str(readme)]
+    assert report.main([*arguments, "--check"]) == 1
+    pytest.importorskip("matplotlib")
+    assert report.main(arguments) == 0
+    first = readme.read_text(), (folder / "made-up" / "README.md").read_text()
+    assert (folder / "made-up" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([*arguments, "--check"]) == 0
+    assert report.main(arguments) == 0
+    assert first == (readme.read_text(), (folder / "made-up" / "README.md").read_text())
+    assert "4.00×" in capsys.readouterr().out
+
+
+def test_without_matplotlib_the_tables_are_written_and_it_says_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    store.save(store.path_of(folder, "made-up", "GRU"), made_up())
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.main(["--results", str(folder), "--readme", str(readme)]) == 1
+    assert "matplotlib is missing" in capsys.readouterr().err
+    assert "4.00×" in readme.read_text()
+
+
+def test_merge_replaces_drops_and_forgets(tmp_path: pathlib.Path) -> None:
+    path = store.path_of(tmp_path, "made-up", "GRU")
+    store.save(path, made_up())
+    later = RUN | {"date": "2026-02-02T00:00Z", "dirty": True}
+    fresh = {"speed": [speed("GRU", "float32", "c1", "forward", 9.0)]}
+    document = store.merge(store.load(path), MACHINE, later, fresh, failed=["GRU-float32-c2-forward"])
+    store.save(path, document)
+    found = results(store.load(path))
+    assert found.find("GRU", "float32", "c1", "forward")["ratio"] == 9.0
+    assert found.find("GRU", "float32", "c2", "forward") is None
+    assert found.find("GRU", "float32", "c2", "training")["ratio"] == 4.0
+    assert sorted(document["runs"]) == [
+        "2026-01-02T03:04Z 0123456789ab",
+        "2026-02-02T00:00Z 0123456789ab dirty",
+    ]
+    everything = {entry["id"] for kind in store.KINDS for entry in document[kind]}
+    assert store.merge(document, MACHINE, later, {}, failed=everything)["runs"] == {}
+
+
+def test_an_unknown_schema_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "gru.json"
+    path.write_text(json.dumps({"schema": 99}))
+    with pytest.raises(ValueError, match=r"gru\.json: expected schema 1, got 99"):
+        store.load(path)
+
+
+# --- what stands behind the numbers ------------------------------------------------------------------------
+
+
+def test_model_flops() -> None:
+    c3 = cases.BY_NAME["c3"]
+    layers = 2 * 32 * 50 * 4 * 256 * 2 * ((300 + 256) + (512 + 256))
+    assert c3.flops("LSTM") == layers and c3.flops("GRU", "training") == 3 * layers * 3 // 4
+    ragged = cases.BY_NAME["c9"]
+    lengths = ragged.lengths()
+    assert lengths.max() == 256 and lengths.min() >= 16 and torch.equal(lengths, ragged.lengths())
+    assert ragged.flops("RNN") == cases.BY_NAME["c4"].flops("RNN") * int(lengths.sum()) // (64 * 256)
+    assert ragged.scaled("GRU", 1e8).T < 256 and c3.scaled("GRU", 1e18) is c3
+
+
+def test_every_target_is_measured() -> None:
+    for target in cases.TARGETS:
+        grid = {(dtype, case.name) for dtype, case in cases.grid(target.family, "cpu")}
+        for name in target.cases:
+            assert (target.dtype, name.removesuffix("-lengths").removesuffix("-packed")) in grid, target.title
+
+
+def test_spread() -> None:
+    found = harness.Spread.of([float(n) for n in range(11)])
+    assert (found.median, found.p20, found.p80, found.rounds) == (5.0, 2.0, 8.0, 11)
+    assert harness.Spread.of([3.0]) == harness.Spread(3.0, 3.0, 3.0, 1)
+
+
+def test_budget() -> None:
+    budget = harness.Budget(seconds=2.0, least=5, most=100, limit=20.0)
+    assert [budget.rounds(s) for s in (1e-6, 0.1, 3.0)] == [100, 20, 5]
+    assert not budget.spent(19.0, 3) and budget.spent(21.0, 3) and not budget.spent(21.0, 2)
+    assert budget.spent(7.0, 50) and not budget.spent(5.0, 50)
+
+
+def test_the_gate_passes_equals_and_stops_errors() -> None:
+    case = dataclasses.replace(cases.BY_NAME["c2"], T=3)
+    problem = harness.Problem(harness.NullLibrary(), "GRU", torch.float32, case, "cpu")
+    found = problem.gate()["seqkern"]
+    assert 0 < found.error <= found.torch_error <= found.bound
+    with torch.no_grad():
+        problem.seqkern_module.weight_hh_l0[3, 4] += 1e-3
+    with pytest.raises(
+        parity.ParityError, match=r"GRU .* c2: .* tensors differ\n  y\[.*got .*expected .*error"
+    ):
+        problem.gate()
+
+
+def test_nan_does_not_pass_the_gate() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    with pytest.raises(parity.ParityError, match=r"y\[1\]: got nan"):
+        parity.compare({"y": bad}, {"y": good}, {"y": good.double()}, torch.float32, 1, "case")
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("name", ["c2", "c9", "c10-cell-b16"])
+def test_subjects_run_and_are_timed(name: str, mode: str) -> None:
+    case = cases.BY_NAME[name].scaled("LSTM", 1e7)
+    problem = harness.Problem(harness.NullLibrary(), "LSTM", torch.float32, case, "cpu")
+    interleaved = harness.Interleaved(problem.steps(mode))
+    assert interleaved.warm_up() > 0
+    for subject in interleaved.steps:
+        interleaved.block(subject)
+    entries = list(harness.speed_entries(interleaved, problem, mode, problem.gate()))
+    forms = ["c9-lengths", "c9-packed"] if name == "c9" else [name]
+    parts = ["forward"] if mode == "forward" else ["training", "backward"]
+    assert [(e["case"], e["mode"]) for e in entries] == [(form, part) for form in forms for part in parts]
+    assert ("torch_packing" in entries[0]) == (name == "c9")
+
+
+def test_describe_cpu() -> None:
+    text = "model name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz\ncpu family\t: 6\nmodel\t\t: 143\n"
+    cpu = machine.describe_cpu(text + "flags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n")
+    assert cpu["instruction_set"] == "amx" and (cpu["family"], cpu["model_number"]) == ("6", "143")
+    assert machine.slugify(cpu["model"]) == "intel-xeon-platinum-8481c"
+    assert machine.describe_cpu("model name: AMD EPYC\nflags: avx2")["instruction_set"] == "avx2"
+
+
+def test_memory_peak_counts_what_a_step_needs() -> None:
+    if not memory.supported("cpu"):
+        pytest.skip("no /proc/self/clear_refs")
+    case = dataclasses.replace(cases.BY_NAME["c5"], T=64)
+    peak = memory.training_step_peak(torch.nn, "LSTM", case, "cpu")
+    outputs = case.T * case.B * case.H * 4
+    assert outputs < peak < 60 * outputs
