@@ -217,8 +217,8 @@ def report_training(runs: Sequence[Run]) -> bool:
         bits = f"{run.losses[0]:>12.3f}{final:>16.3f}{run.held_out:>16.3f}"
         print(f"{run.name:<22}{bits}{run.step_time * 1e3:>9.1f} ms")
     print(
-        f"losses in bits per character; the curves differ by at most {max(differences):.1e} "
-        f"({early:.1e} in the first {last} steps)"
+        f"losses in bits per character; the curves differ by at most {max(differences):.1e}, "
+        f"{early:.1e} in the first {last} steps (training amplifies round-off)"
     )
     print(f"training on {ours.name} runs at {peer.step_time / ours.step_time:.2f}× the speed of {peer.name}")
     if not early <= _EARLY_LIMIT:
