@@ -444,12 +444,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_redraws_one_line():
+def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     stream = Terminal()
     with Progress("training", 4, stream=stream, width=4) as progress:
         progress.update(2, "long note")
         progress.update(4, "note")
     assert stream.getvalue() == "\r[##..] training 2/4  long note\r[####] training 4/4  note     \n"
+
+
+def test_progress_never_wraps(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    Progress("training", 4, stream=stream, width=4).update(2, "a long note")
+    assert stream.getvalue() == "\r[##..] training 2/4"
 
 
 def test_progress_elsewhere_prints_a_line_per_tenth():

@@ -130,8 +130,8 @@ def train_in_turn(runs: Sequence[Run], windows: Windows, settings: Settings) -> 
                     run.losses.append(loss)
                     run.times.append(now - before)
                     before = now
-            note = "   ".join(
-                f"{run.name} {run.losses[-1]:.3f} bits {run.step_time * 1e3:.1f} ms" for run in runs
+            note = ", ".join(
+                f"{run.name} {run.losses[-1]:.2f} bits {run.step_time * 1e3:.0f} ms" for run in runs
             )
             progress.update(first + count, note)
     done = len(runs[0].losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from types import TracebackType
 from typing import TextIO
@@ -13,7 +14,7 @@ class Progress:
         progress.update(10, "2.31 bits")
     """
 
-    def __init__(self, label: str, total: int, *, stream: TextIO | None = None, width: int = 24) -> None:
+    def __init__(self, label: str, total: int, *, stream: TextIO | None = None, width: int = 16) -> None:
         self.label = label
         self.total = total
         self.width = width
@@ -28,6 +29,7 @@ class Progress:
         if self._redraws:
             full = self.width * done // self.total
             line = f"[{'#' * full}{'.' * (self.width - full)}] {line}"
+            line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be redrawn
             self._stream.write("\r" + line.ljust(self._drawn))
             self._drawn = len(line)
         elif done * 10 // self.total > self._tenths:
