@@ -35,36 +35,59 @@ def operator(name: str) -> Callable[..., tuple] | None:
     return getattr(torch.ops.seqkern, name).default if WHY_NO_KERNELS is None else None
 
 
-class _Wish(threading.local):
-    name: str | None = None
+# Each thread's innermost wish.
+_wishes: dict[int, str] = {}
+_wishes_lock = threading.Lock()
 
-
-_wish = _Wish()
+# torch.compile bakes in what it reads, and guards a module's globals but nothing that differs between
+# threads. So
+# compiled code follows this instead: the one name wished for in the process, None for none, AMBIGUOUS for
+# several.
+AMBIGUOUS = "several"
+_process_wish: str | None = None
 
 
 def current_wish() -> str | None:
     """The backend named by the innermost use_backend of this thread, or None."""
-    return _wish.name
+    if torch.compiler.is_compiling():
+        if _process_wish == AMBIGUOUS:
+            raise RuntimeError("use_backend: under torch.compile all threads must name the same backend")
+        return _process_wish
+    return _wishes.get(threading.get_ident()) if _wishes else None
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every seqkern operation of this thread on the backend `name` ("eager" or "cpu"); None gives the
-    choice back.
+    """Run every seqkern operation of this thread on the backend `name`, "eager" or "cpu"; None frees the
+    choice.
 
     A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
-    `backend=`
-    argument wins over this.
+    `backend=` wins over this. Code under torch.compile follows it too, recompiled for each backend, in all
+    threads.
 
     Raises:   ValueError: name is no backend
     """
     _known(name)
-    previous = _wish.name
-    _wish.name = name
+    previous = current_wish()
+    _wish_for(name)
     try:
         yield
     finally:
-        _wish.name = previous
+        _wish_for(previous)
+
+
+def _wish_for(name: str | None) -> None:
+    global _process_wish
+    if torch.compiler.is_compiling():
+        _process_wish = name
+        return
+    with _wishes_lock:
+        if name is None:
+            _wishes.pop(threading.get_ident(), None)
+        else:
+            _wishes[threading.get_ident()] = name
+        names = set(_wishes.values())
+        _process_wish = None if not names else names.pop() if len(names) == 1 else AMBIGUOUS
 
 
 def _known(name: str | None) -> None:

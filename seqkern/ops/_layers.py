@@ -42,20 +42,21 @@ def check(
         ValueError: input's dtype is not the parameters', lengths are wrong, a wrong number of parameters
         RuntimeError: a wrong shape, device or dtype of anything else, or T = 0
     """
-    per_direction, rest = divmod(len(params), num_layers * D)
-    if rest or not (per_direction in (2, 4) or (op == "lstm" and per_direction in (3, 5))):
+    rows = num_layers * D
+    per_direction, rest = divmod(len(params), rows)
+    if rest or not (per_direction == 4 or per_direction == 2 or (op == "lstm" and per_direction in (3, 5))):
         raise ValueError(
-            f"params: expected w_ih, w_hh[, b_ih, b_hh]{'[, w_hr]' if op == 'lstm' else ''} for each of "
-            f"{num_layers} layers * {D} directions, got {len(params)} tensors"
+            f"params: expected w_ih, w_hh[, b_ih, b_hh]{'[, w_hr]' if op == 'lstm' else ''} "
+            f"for each of {num_layers} layers * {D} directions, got {len(params)} tensors"
         )
+    w_ih, w_hh = params[0], params[1]
     dtype, device = input.dtype, input.device
-    for t in params:
-        if t.dtype is not dtype or t.device != device:
-            raise _mismatch(op, input, states, params, D, batch_sizes)
-    for t in states:
-        if t.dtype is not dtype or t.device != device:
-            raise _mismatch(op, input, states, params, D, batch_sizes)
-
+    if w_ih.dtype is not dtype:
+        # torch.nn checks this first, as a ValueError; only its packed LSTM leaves it to the kernel.
+        raise (RuntimeError if op == "lstm" and batch_sizes is not None else ValueError)(
+            f"input: expected the dtype of the weights, {w_ih.dtype}, got {dtype}. Convert the input, "
+            f"input.to({w_ih.dtype}), or the model, model.to({dtype})"
+        )
     if batch_sizes is None:
         if input.dim() != 3:
             raise RuntimeError(f"input: expected 3 dimensions [T, B, I], got {tuple(input.shape)}")
@@ -72,39 +73,55 @@ def check(
         N, input_size = input.shape
         T, B = _check_batch_sizes(batch_sizes, N)
 
-    # The weights say what I, H and P are.
-    H = params[0].shape[0] // gates
-    P = params[1].shape[-1]
-    shapes: list[tuple[int, ...]] = [(gates * H, params[0].shape[-1]), (gates * H, P)]
-    if per_direction >= 4:
-        shapes += [(gates * H,), (gates * H,)]
-    if per_direction % 2 == 1:
-        shapes.append((P, H))
-    elif P != H:
-        shapes[1] = (gates * H, H)
-    for k in range(0, len(params), per_direction):
-        if k == D * per_direction:
-            shapes[0] = (gates * H, D * P)
-        for j, shape in enumerate(shapes):
-            if params[k + j].shape != shape:
-                name = param_names(len(params), num_layers, D)[k + j]
-                raise RuntimeError(f"{name}: expected {shape}, got {tuple(params[k + j].shape)}")
-    if params[0].shape[1] != input_size:
+    # The first weights say what I, H and P are.
+    w_ih_shape, P = w_ih.shape, w_hh.shape[-1]
+    G = w_ih_shape[0]
+    H, odd = divmod(G, gates)
+    if w_ih_shape[-1] != input_size:
         raise RuntimeError(
             f"input: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'} with I = input_size = "
-            f"{params[0].shape[1]}, got {tuple(input.shape)}"
+            f"{w_ih_shape[-1]}, got {tuple(input.shape)}"
         )
-    rows = num_layers * D
-    if states[0].shape != (rows, B, P):
-        raise RuntimeError(
-            f"{'hx' if len(states) == 1 else 'hx[0]'}: expected [D*num_layers, B, "
-            f"{'H' if P == H else 'proj_size'}] = {(rows, B, P)}, got {tuple(states[0].shape)}"
+    if odd:
+        raise RuntimeError(f"weight_ih_l0: expected [{gates}*H, I], got {tuple(w_ih_shape)}")
+    projects = per_direction % 2 == 1
+    if not projects:
+        P = H
+    shapes: tuple[tuple[int, ...], ...] = ((G, input_size), (G, P))
+    if per_direction >= 4:
+        shapes += ((G,), (G,))
+    if projects:
+        shapes += ((P, H),)
+    k = 0
+    for row in range(rows):
+        if row == D:  # above the first layer
+            shapes = ((G, D * P), *shapes[1:])
+        for shape in shapes:
+            t = params[k]
+            if t.shape != shape or t.dtype is not dtype or t.device != device:
+                name = param_names(len(params), num_layers, D)[k]
+                raise _mismatch(name, t, shape, input)
+            k += 1
+    h0 = states[0]
+    if h0.shape != (rows, B, P) or h0.dtype is not dtype or h0.device != device:
+        name = "hx" if len(states) == 1 else "hx[0]"
+        raise _mismatch(
+            name, h0, (rows, B, P), input, f"[D*num_layers, B, {'proj_size' if projects else 'H'}] = "
         )
-    if len(states) == 2 and states[1].shape != (rows, B, H):
-        raise RuntimeError(
-            f"hx[1]: expected [D*num_layers, B, H] = {(rows, B, H)}, got {tuple(states[1].shape)}"
-        )
+    if len(states) == 2:
+        c0 = states[1]
+        if c0.shape != (rows, B, H) or c0.dtype is not dtype or c0.device != device:
+            raise _mismatch("hx[1]", c0, (rows, B, H), input, "[D*num_layers, B, H] = ")
     return None if lengths is None else _check_lengths(lengths, T, B, device)
+
+
+def _mismatch(name: str, t: Tensor, shape: tuple[int, ...], input: Tensor, letters: str = "") -> RuntimeError:
+    """The exception for a tensor that fits the input in device, dtype or shape badly."""
+    if t.device != input.device:
+        return RuntimeError(f"{name}: expected the device of the input, {input.device}, got {t.device}")
+    if t.dtype is not input.dtype:
+        return RuntimeError(f"{name}: expected the dtype of the input, {input.dtype}, got {t.dtype}")
+    return RuntimeError(f"{name}: expected {letters}{tuple(shape)}, got {tuple(t.shape)}")
 
 
 def param_names(count: int, num_layers: int, D: int) -> list[str]:
@@ -119,37 +136,6 @@ def param_names(count: int, num_layers: int, D: int) -> list[str]:
         for suffix in ("", "_reverse")[:D]
         for kind in kinds
     ]
-
-
-def _mismatch(
-    op: str,
-    input: Tensor,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    D: int,
-    batch_sizes: Tensor | None,
-) -> Exception:
-    """The exception for the first tensor whose dtype or device is not input's."""
-    dtype, device = input.dtype, input.device
-    if params[0].dtype is not dtype:
-        # torch.nn checks this first, as a ValueError; except that its LSTM leaves it to the kernel when
-        # packed.
-        error = RuntimeError if op == "lstm" and batch_sizes is not None else ValueError
-        return error(
-            f"input: expected the dtype of the weights, {params[0].dtype}, got {dtype}. Convert the input, "
-            f"input.to({params[0].dtype}), or the model, model.to({dtype})"
-        )
-    hx_names = ["hx"] if len(states) == 1 else ["hx[0]", "hx[1]"]
-    # Only the naming depends on the number of layers, and a wrong number has been refused already.
-    per_direction = 5 if len(params) % 5 == 0 and op == "lstm" else 4 if len(params) % 4 == 0 else 2
-    num_layers = max(1, len(params) // (per_direction * D))
-    names = param_names(len(params), num_layers, D)
-    for name, t in zip(hx_names + names, [*states, *params], strict=False):
-        if t.device != device:
-            return RuntimeError(f"{name}: expected the device of the input, {device}, got {t.device}")
-        if t.dtype is not dtype:
-            return RuntimeError(f"{name}: expected the dtype of the input, {dtype}, got {t.dtype}")
-    return RuntimeError("input, hx and parameters: expected one dtype and one device")
 
 
 def _check_batch_sizes(batch_sizes: Tensor, N: int) -> tuple[int, int]:
@@ -221,8 +207,30 @@ def wants_grad(*groups: Sequence[Tensor]) -> bool:
     return False
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments for an autograd Function: as they are, except that under Dynamo, which cannot pass one
+    tensor
+    twice (h_0 for c_0, tied weights), every further occurrence becomes a view."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen: list[Tensor] = []
+    arguments = []
+    for t in tensors:
+        if t is not None:
+            if any(t is other for other in seen):
+                t = t.view_as(t)
+            seen.append(t)
+        arguments.append(t)
+    return tuple(arguments)
+
+
 def autocast_active(input: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type)
+
+
+def device_type(input: Tensor) -> str:
+    """input.device.type, at a quarter of its price on a CPU."""
+    return "cpu" if input.is_cpu else input.device.type
 
 
 def autocast_dtypes(

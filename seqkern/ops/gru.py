@@ -73,7 +73,7 @@ def gru(
     lengths = _layers.check("gru", 3, input, states, params, num_layers, D, lengths, batch_sizes)
     chosen = _backend.choose(
         "gru",
-        input.device.type,
+        _layers.device_type(input),
         input.dtype,
         transformed=_layers.transformed((input,), states, params),
         wish=_backend.current_wish() if backend is None else backend,
@@ -105,7 +105,7 @@ _eager_layer = partial(_layers.eager_layer, gru_layer)
 def _operator_layer(x, states, params, lengths, batch_sizes):
     (h0,) = states
     if _layers.wants_grad((x, h0), params):
-        return GRUFunction.apply(x, h0, lengths, batch_sizes, *params)
+        return GRUFunction.apply(*_layers.distinct(x, h0, lengths, batch_sizes, *params))
     return _forward(x, h0, params, lengths, batch_sizes, False)[:2]
 
 

@@ -78,7 +78,7 @@ def lstm(
     lengths = _layers.check("lstm", 4, input, states, params, num_layers, D, lengths, batch_sizes)
     chosen = _backend.choose(
         "lstm",
-        input.device.type,
+        _layers.device_type(input),
         input.dtype,
         projects=projects,
         transformed=_layers.transformed((input,), states, params),
@@ -119,7 +119,7 @@ _eager_layer = partial(_layers.eager_layer, lstm_layer)
 def _operator_layer(x, states, params, lengths, batch_sizes):
     h0, c0 = states
     if _layers.wants_grad((x, h0, c0), params):
-        return LSTMFunction.apply(x, h0, c0, lengths, batch_sizes, *params)
+        return LSTMFunction.apply(*_layers.distinct(x, h0, c0, lengths, batch_sizes, *params))
     return _forward(x, h0, c0, params, lengths, batch_sizes, False)[:3]
 
 

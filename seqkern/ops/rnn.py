@@ -78,7 +78,7 @@ def rnn(
     lengths = _layers.check("rnn", 1, input, states, params, num_layers, D, lengths, batch_sizes)
     chosen = _backend.choose(
         "rnn",
-        input.device.type,
+        _layers.device_type(input),
         input.dtype,
         transformed=_layers.transformed((input,), states, params),
         wish=_backend.current_wish() if backend is None else backend,
@@ -113,7 +113,7 @@ def rnn_cell(
 def _operator_layer(relu, x, states, params, lengths, batch_sizes):
     (h0,) = states
     if _layers.wants_grad((x, h0), params):
-        return RNNFunction.apply(relu, x, h0, lengths, batch_sizes, *params)
+        return RNNFunction.apply(relu, *_layers.distinct(x, h0, lengths, batch_sizes, *params))
     return _forward(x, h0, params, lengths, batch_sizes, relu, False)[:2]
 
 
