@@ -94,7 +94,8 @@ def _states(hx, batched: bool) -> tuple[Tensor, Tensor]:
         error = IndexError if hx.dim() and hx.shape[0] == 1 else RuntimeError
         raise error("hx: expected a pair (h_0, c_0), got one tensor")
     if len(hx) != 2:
-        raise RuntimeError(f"hx: lstm expects two hidden states (h_0, c_0), got {len(hx)}")
+        error = IndexError if len(hx) < 2 else RuntimeError
+        raise error(f"hx: lstm expects two hidden states (h_0, c_0), got {len(hx)}")
     h_0, c_0 = hx
     dim = 3 if batched else 2
     if h_0.dim() != dim or c_0.dim() != dim:
