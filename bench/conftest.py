@@ -70,6 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("markers", "long: left out of --benchmark-quick")
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # when a gate fails
     option = config.option
     option.bench_measure = getattr(option, "bench_measure", False) or getattr(option, "bench_quick", False)
     if not option.bench_measure:
