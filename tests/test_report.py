@@ -13,7 +13,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, harness, machine, memory, parity, report, store  # noqa: E402
+from bench import cases, harness, limits, machine, memory, parity, report, store  # noqa: E402
 
 RUN = {
     "date": "2026-01-02T03:04Z",
@@ -152,10 +152,18 @@ def test_limits_memory_and_neighbour() -> None:
     assert report.peak_share(found, entry) == (0.8, "FMA peak")
     floor = 256 * 3145728 / 200e9
     assert report.floor_ratio(found, entry) == pytest.approx(0.01 / floor)
-    limits = report.limit_table(found)
-    assert "80% (≥ 80% ✓), torch.nn 20%" in limits and "✗" in limits  # 10 ms is 2.5 times the floor
+    table = report.limit_table(found)
+    assert "80% (≥ 80% ✓), torch.nn 20%" in table and "✗" in table  # 10 ms is 2.5 times the floor
     assert "| GRU | 2 / 1 MiB ✗ |" in report.memory_table(found)
     assert "2.75× ✗ / 9.00×" in report.neighbour_table(found)
+
+
+def test_a_peak_below_a_gemm_does_not_count() -> None:
+    limits_ = {"fma_peak": 50.0, "gemm_float32": 200.0, "gemm_bfloat16": 400.0}
+    assert limits.peak(limits_, "float32") == (200.0, "best GEMM")
+    assert limits.peak(limits_ | {"fma_peak": 250.0}, "float32") == (250.0, "FMA peak")
+    assert limits.peak(limits_, "bfloat16") == (400.0, "best GEMM")
+    assert limits.peak({"fma_peak": 250.0}, "float16") is None
 
 
 def test_seconds() -> None:
