@@ -1,0 +1,226 @@
+"""The choice of a backend: the table, the reasons for a refusal, and the caller's wish."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seqkern
+from seqkern.ops import _backend
+from seqkern.ops._backend import choose, refusal
+
+NO_COMPILER = "no compiled extension"
+
+FORWARD = {"rnn": seqkern.ops.rnn, "lstm": seqkern.ops.lstm, "gru": seqkern.ops.gru}
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+
+
+class Operators(TorchDispatchMode):
+    """Records which of seqkern's operators ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "seqkern":
+            self.names.append(func._schema.name.removeprefix("seqkern::"))
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of(call) -> list[str]:
+    with Operators() as ran:
+        call()
+    return ran.names
+
+
+def request_for(op: str, H: int = 3, dtype: torch.dtype = torch.float32):
+    """A function that runs `op` with keywords."""
+    G = GATES[op] * H
+    x = torch.randn(4, 2, 5, dtype=dtype)
+    params = [torch.randn(*shape, dtype=dtype) for shape in ((G, 5), (G, H), (G,), (G,))]
+    return lambda **keywords: FORWARD[op](x, None, params, **keywords)
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "keywords", "expected"),
+    [
+        ("cpu", torch.float32, {}, "cpu"),
+        ("cpu", torch.float64, {}, "cpu"),
+        ("cpu", torch.bfloat16, {}, "cpu"),
+        ("cpu", torch.float16, {}, "cpu"),
+        ("cpu", torch.complex64, {}, "eager"),
+        ("meta", torch.float32, {}, "eager"),
+        ("cuda", torch.float32, {}, "eager"),
+        ("cpu", torch.float32, {"transformed": True}, "eager"),
+        ("cpu", torch.float32, {"missing": NO_COMPILER}, "eager"),
+        ("cpu", torch.float32, {"wish": "eager"}, "eager"),
+        ("cpu", torch.float32, {"wish": "cpu"}, "cpu"),
+        ("cuda", torch.complex64, {"wish": "eager", "transformed": True, "missing": NO_COMPILER}, "eager"),
+    ],
+)
+def test_choice(op, device, dtype, keywords, expected):
+    assert choose(op, device, dtype, **keywords) == expected
+
+
+def test_projection_is_served_where_the_kernel_has_it():
+    assert choose("lstm", "cpu", torch.float32, projects=True) == (
+        "cpu" if _backend.CPU_PROJECTS else "eager"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "keywords", "reason"),
+    [
+        ("cuda", torch.float32, {}, "cpu needs tensors on a CPU, got cuda"),
+        (
+            "cpu",
+            torch.complex64,
+            {},
+            "cpu computes float32, float64, bfloat16 and float16, got torch.complex64",
+        ),
+        ("cpu", torch.float32, {"transformed": True}, "cpu has no rule for torch.func transforms"),
+        (
+            "cpu",
+            torch.float32,
+            {"missing": NO_COMPILER},
+            "cpu needs the compiled extension: no compiled extension",
+        ),
+    ],
+)
+def test_a_named_backend_refuses_with_the_reason(device, dtype, keywords, reason):
+    assert refusal("cpu", "lstm", device, dtype, **keywords).startswith(reason)
+    with pytest.raises(RuntimeError, match="backend 'cpu' was asked for: " + reason.replace(".", r"\.")):
+        choose("lstm", device, dtype, wish="cpu", **keywords)
+    assert choose("lstm", device, dtype, **keywords) == "eager"
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+def test_the_eager_backend_never_refuses(op):
+    assert refusal("eager", op, "cuda", torch.complex128, transformed=True, missing=NO_COMPILER) is None
+
+
+def test_an_unknown_backend_is_a_value_error():
+    expected = "backend: expected one of eager, cpu or None, got 'cudnn'"
+    with pytest.raises(ValueError, match=expected):
+        choose("lstm", "cpu", torch.float32, wish="cudnn")
+    with pytest.raises(ValueError, match=expected), seqkern.use_backend("cudnn"):
+        pass
+    with pytest.raises(ValueError, match=expected):
+        request_for("gru")(backend="cudnn")
+
+
+# ---- the wish ----------------------------------------------------------------------------------------------
+
+
+def test_use_backend_nests_and_ends_also_after_an_error():
+    assert _backend.current_wish() is None
+    with seqkern.use_backend("eager"):
+        assert _backend.current_wish() == "eager"
+        with seqkern.use_backend("cpu"):
+            assert _backend.current_wish() == "cpu"
+            with seqkern.use_backend(None):
+                assert _backend.current_wish() is None
+            assert _backend.current_wish() == "cpu"
+        with pytest.raises(ZeroDivisionError), seqkern.use_backend("cpu"):
+            raise ZeroDivisionError
+        assert _backend.current_wish() == "eager"
+    assert _backend.current_wish() is None
+    assert _backend._process_wish is None
+
+
+def test_use_backend_belongs_to_its_thread():
+    entered, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with seqkern.use_backend("eager"):
+            entered.set()
+            leave.wait(30)
+            seen.append(_backend.current_wish())
+        seen.append(_backend.current_wish())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        assert entered.wait(30)
+        assert _backend.current_wish() is None
+        with seqkern.use_backend("cpu"):
+            assert _backend._process_wish == _backend.AMBIGUOUS  # what compiled code would refuse
+        assert _backend._process_wish == "eager"
+    finally:
+        leave.set()
+        thread.join()
+    assert seen == ["eager", None]
+    assert _backend._process_wish is None
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+def test_the_wish_decides_what_runs(op, cpu_backend):
+    run = request_for(op)
+    forward = [f"{op}_forward"]
+    assert operators_of(run) == forward
+    with seqkern.use_backend("eager"):
+        assert operators_of(run) == []
+        assert operators_of(lambda: run(backend="cpu")) == forward
+    with seqkern.use_backend(None):
+        assert operators_of(run) == forward
+        assert operators_of(lambda: run(backend="eager")) == []
+
+
+@pytest.mark.parametrize("cls", [seqkern.RNN, seqkern.LSTM, seqkern.GRU])
+def test_modules_follow_the_wish(cls, cpu_backend):
+    layer, x = cls(5, 3, num_layers=2), torch.randn(4, 2, 5)
+    assert len(operators_of(lambda: layer(x))) == 2
+    with seqkern.use_backend("eager"):
+        assert operators_of(lambda: layer(x)) == []
+
+
+@pytest.mark.parametrize("cls", [seqkern.RNNCell, seqkern.LSTMCell, seqkern.GRUCell])
+def test_cells_follow_the_wish(cls, cpu_backend):
+    cell, x = cls(5, 3), torch.randn(2, 5)
+    assert len(operators_of(lambda: cell(x))) == 1
+    with seqkern.use_backend("eager"):
+        assert operators_of(lambda: cell(x)) == []
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+def test_without_the_extension_everything_runs_eagerly(op, monkeypatch):
+    monkeypatch.setattr(_backend, "WHY_NO_KERNELS", NO_COMPILER)
+    run = request_for(op)
+    assert operators_of(run) == []
+    with (
+        pytest.raises(RuntimeError, match="cpu needs the compiled extension: " + NO_COMPILER),
+        seqkern.use_backend("cpu"),
+    ):
+        run()
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+def test_a_named_backend_does_not_fall_back_under_a_transform(op, cpu_backend):
+    run = request_for(op)
+    with pytest.raises(RuntimeError, match=r"no rule for torch\.func transforms"):
+        torch.func.vmap(lambda _: run()[0])(torch.zeros(2))
+
+
+def test_a_named_backend_refuses_a_dtype_it_lacks(cpu_backend):
+    with pytest.raises(RuntimeError, match=r"cpu computes .* got torch\.complex64"):
+        request_for("gru", dtype=torch.complex64)()
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eager_rounds_sixteen_bits_once(op, dtype):
+    """The eager backend computes 16-bit layers in float32 and rounds at the store."""
+    G, H = GATES[op] * 8, 8
+    x = torch.randn(20, 3, 5, dtype=dtype)
+    params = [torch.randn(*shape).mul(0.3).to(dtype) for shape in ((G, 5), (G, H), (G,), (G,))]
+    y, _ = FORWARD[op](x, None, params, backend="eager")
+    wide, _ = FORWARD[op](x.float(), None, [p.float() for p in params], backend="eager")
+    assert y.dtype is dtype
+    torch.testing.assert_close(y, wide.to(dtype), rtol=0, atol=0)
