@@ -232,3 +232,19 @@ def full_cross(kind: str) -> list[Case]:
         )
         cases.append(legal(Case(kind, **row, **sizes)))
     return unique(iter(cases))
+
+
+def wide(kind: str) -> list[Case]:
+    """Long sums: sizes at which it shows how the thousands of terms of a product are added up."""
+    cases = [
+        Case(kind, T=4, B=17, I=300, H=512),
+        Case(kind, T=3, B=1, I=1024, H=512, bidirectional=True),
+        Case(kind, T=2, B=9, I=512, H=512, dtype=torch.bfloat16),
+    ]
+    return [*cases, Case(kind, T=3, B=9, I=300, H=600, proj_size=512)] if kind == "lstm" else cases
+
+
+def wider(kind: str) -> list[Case]:
+    """Slow: the benchmarks' largest layer, but for float64, where the oracle is no better."""
+    cases = [Case(kind, T=3, B=9, I=1024, H=1024, dtype=d) for d in DTYPES if d is not torch.float64]
+    return [*cases, Case(kind, T=3, B=9, I=300, H=1024, proj_size=512)] if kind == "lstm" else cases

@@ -7,11 +7,11 @@ The rule, for every output and every gradient, tensor by tensor:
 The oracle is seqkern's eager reference in float64 on the same (rounded) inputs, weights and cotangents;
 torch.nn in float64 is a second one, and both must agree to 1e-12 of the tensor's largest value.
 
-The largest error of a few elements is a small sample: torch.nn's may nearly vanish by luck. And in float64
-the oracle itself is rounded, often in the very places where torch.nn is. So in tensors of fewer than FEW
-elements and in float64 the floor's ulps are also those of the inputs: FLOOR_ULPS times what one ulp of change
-in x, hx, weights and cotangents does to the exact result (`effect_of_an_ulp`). Nothing is random but for
-seeds: equal inputs give equal verdicts.
+One draw of torch.nn's error is a small sample where few numbers are rounded, and may nearly vanish by luck.
+So, where the rule says no, torch.nn is asked again at NEARBY inputs, an ulp away: other roundings of as good
+as the same problem; the largest of its errors counts (`errors_nearby`). In float64 the oracle is as rounded
+as torch.nn, often in the same places: there torch.nn's error is its float32 error nearby, in proportion.
+Nothing is random but for seeds: equal inputs give equal verdicts.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Results = dict[str, Tensor]
 Call = Callable[[nn.Module, Tensor, Any], Any]
 
 FLOOR_ULPS = 4
-FEW = 1024
+NEARBY = 16
 ORACLES_AGREE = 1e-12
 
 
@@ -76,13 +76,11 @@ def evaluate(
     seed: int = 0,
     call: Call | None = None,
     rounded: torch.dtype | None = None,
-    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Results:
     """Every output of `layer` and every gradient of a random linear function of the outputs, by name.
 
     Args:     x, hx: in layer's dtype, any strides; call: (layer, x, hx) -> outputs, by default layer(x, hx)
               rounded: the cotangents are rounded to this dtype (that of the layer compared with)
-              change: what is done to the cotangents then
     Returns:  y, h_n, c_n (of a cell: h', c'); d x, d h0, d c0; d <parameter's name>
     """
     dtype = x.dtype
@@ -98,7 +96,7 @@ def evaluate(
         dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(rounded or dtype).to(dtype)
         if y.requires_grad:
             grown.append(y)
-            cotangents.append(change(dy) if change else dy)
+            cotangents.append(dy)
     grads = torch.autograd.grad(grown, list(wanted.values()), cotangents, materialize_grads=True)
     names = ("h'", "c'") if isinstance(layer, nn.RNNCellBase) and call is None else ("y", "h_n", "c_n")
     results = dict(zip(names, outputs, strict=False)) | dict(zip(wanted, grads, strict=True))
@@ -130,10 +128,9 @@ def check_parity(
     x64, hx64 = doubled(x), doubled(hx)
     with seqkern.use_backend("eager"):
         oracle = evaluate(copy.deepcopy(ours).double(), x64, hx64, call=call, **same)
-    exact = copy.deepcopy(theirs).double()
-    second = evaluate(exact, x64, hx64, call=their_call, **same)
+    second = evaluate(copy.deepcopy(theirs).double(), x64, hx64, call=their_call, **same)
     agree(oracle, second, ORACLES_AGREE, f"{case}: eager float64 (got) against torch.nn float64 (expected)")
-    within(got, peer, oracle, case, lambda: effect_of_an_ulp(exact, x64, hx64, their_call, second, x.dtype))
+    within(got, peer, oracle, case, lambda: errors_nearby(theirs, x, hx, their_call))
     return got
 
 
@@ -143,34 +140,30 @@ def doubled(state: Any) -> Any:
     return None if state is None else tuple(doubled(part) for part in state)
 
 
-def effect_of_an_ulp(
-    exact: nn.Module, x: Tensor, hx: State, call: Call | None, results: Results, dtype: torch.dtype
-) -> dict[str, float]:
-    """How far each of the float64 `results` moves if every input, weight and cotangent does, by an ulp.
-
-    The largest of four draws of signs.
-    """
+def errors_nearby(theirs: nn.Module, x: Tensor, hx: State, call: Call | None) -> dict[str, float]:
+    """torch.nn's largest error in each result, of NEARBY draws in which x, hx and weights move by an ulp."""
+    dtype = x.dtype
+    working = torch.float32 if dtype is torch.float64 else dtype
+    eps = torch.finfo(working).eps
     generator = torch.Generator().manual_seed(2)
 
     def nudged(tensor: Tensor) -> Tensor:
         signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2.0 - 1
-        return tensor.detach() * (1 + signs.double() * torch.finfo(dtype).eps)
+        return (tensor.detach().double() * (1 + signs.double() * eps)).to(working)
 
-    def repacked(state: State) -> State:
-        if state is None or isinstance(state, Tensor):
-            return None if state is None else nudged(state)
-        return tuple(nudged(part) for part in state)
-
-    effect = dict.fromkeys(results, 0.0)
-    for _ in range(4):
-        layer = copy.deepcopy(exact)
-        for weight in layer.parameters():
-            weight.data = nudged(weight)
-        moved = evaluate(layer, nudged(x), repacked(hx), 1, call, dtype, nudged)
-        for name, y in moved.items():
-            if y.numel():
-                effect[name] = max(effect[name], (y - results[name]).abs().max().item())
-    return effect
+    largest: dict[str, float] = {}
+    for seed in range(NEARBY):
+        layer = copy.deepcopy(theirs).to(working)
+        for weight, given in zip(layer.parameters(), theirs.parameters(), strict=True):
+            weight.data = nudged(given)
+        x_, hx_ = nudged(x), None if hx is None else tuple(nudged(state) for state in flat(hx))
+        hx_ = hx_[0] if isinstance(hx, Tensor) else hx_
+        same = dict(seed=seed, call=call, rounded=working)
+        exact = evaluate(copy.deepcopy(layer).double(), doubled(x_), doubled(hx_), **same)
+        for name, y in evaluate(layer, x_, hx_, **same).items():
+            error = (y.double() - exact[name]).abs().max().item() if y.numel() else 0.0
+            largest[name] = max(largest.get(name, 0.0), error * torch.finfo(dtype).eps / eps)
+    return largest
 
 
 def within(
@@ -178,11 +171,15 @@ def within(
     peer: Results,
     oracle: Results,
     case: object,
-    effect: Callable[[], dict[str, float]] | None = None,
+    nearby: Callable[[], dict[str, float]] | None = None,
 ) -> None:
-    """The rule, for each tensor of `got`: beside `peer` of the same dtype, against the float64 `oracle`."""
+    """The rule, for each tensor of `got`: beside `peer` of the same dtype, against the float64 `oracle`.
+
+    `nearby` says, if it comes to that, how large torch.nn's errors are at inputs nearby.
+    """
     complaints = []
     assert got.keys() == peer.keys() == oracle.keys(), f"{case}: {list(got)}, {list(peer)}, {list(oracle)}"
+    errors_around: dict[str, float] = {}
     for name, y in got.items():
         if complaint := alike(y, peer[name]):
             complaints.append(f"{name}: {complaint}")
@@ -197,14 +194,14 @@ def within(
         index = place(error.nan_to_num(nan=float("inf")).argmax(), y.shape)
         if error[index] <= 2 * peer_error + floor:
             continue
-        counts = effect and (y.numel() < FEW or y.dtype is torch.float64)
-        unavoidable = effect()[name] if counts else 0.0
-        bound = 2 * peer_error + max(floor, FLOOR_ULPS * unavoidable)
+        errors_around = errors_around or (nearby() if nearby else {})
+        around = errors_around.get(name, 0.0)
+        bound = 2 * max(peer_error, around) + floor
         if not error[index] <= bound:  # a NaN fails, too
             complaints.append(
                 f"{name}{list(index)}: got {y[index].item()!r}, expected {exact[index].item()!r}, torch.nn "
                 f"{peer[name][index].item()!r}; error {error[index].item():.3g} > bound {bound:.3g} "
-                f"(torch.nn's largest error {peer_error:.3g}, an ulp of the inputs makes {unavoidable:.3g}; "
+                f"(torch.nn's largest error {peer_error:.3g}, nearby {around:.3g}; "
                 f"{int((~(error <= bound)).sum())} of {y.numel()} beyond)"
             )
     assert not complaints, "\n".join([f"case {case}", *complaints])
