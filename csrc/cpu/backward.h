@@ -26,6 +26,7 @@ struct Backward : Layer<S, CellOf> {
   static constexpr int kPanel = kMaxNV * L;  // outputs of a full panel
   static constexpr int kTile = max_rows(kMaxNV);
   static constexpr int64_t kBlockSum = 64;
+  static_assert(kTile <= 6, "pack_tile_of_columns");
 
   const BackwardParams& q;
   const int64_t ld;  // elements of a row of dpre, one direction: kSlots * H
@@ -260,7 +261,8 @@ struct Backward : Layer<S, CellOf> {
       // dh += W_hh' dpre. A member's blocks of units are also its blocks of h.
       const int64_t h_begin = projected ? 0 : panel_begin;
       const int64_t h_end = projected ? ceil_div(P, kPanel) : panel_end;
-      multiply(memory.w_hh[d], G * H, P, h_begin, h_end, mine.a_row, n, task.dh, Pp, true);
+      multiply(memory.w_hh[d], G * H, P, h_begin, h_end, step % 2, mine.a_row, n, task.dh, Pp,
+               true);
     }
 
     for (int64_t i = 0; i < n_rows; i++) {
@@ -274,10 +276,12 @@ struct Backward : Layer<S, CellOf> {
     }
   }
 
-  // out[i][n] (+)= sum_k row[i][k] w(k, n), panels begin..end of w.
-  void multiply(const A* packed, int64_t K, int64_t N, int64_t begin, int64_t end,
+  // out[i][n] (+)= sum_k row[i][k] w(k, n), panels begin..end of w, or the other way round: what
+  // was used last is still in cache.
+  void multiply(const A* packed, int64_t K, int64_t N, int64_t begin, int64_t end, bool backwards,
                 const A* const* row, int64_t n, C* out, int64_t ld_out, bool accumulate) const {
-    for (int64_t panel = begin; panel < end; panel++) {
+    for (int64_t k = begin; k < end; k++) {
+      const int64_t panel = backwards ? end - 1 - (k - begin) : k;
       const int nv = Base::nv_of(N, panel);
       const int most = max_rows(nv);
       const A* w = packed + panel * panel_size<A>(K, kMaxNV);
@@ -307,7 +311,7 @@ struct Backward : Layer<S, CellOf> {
       }
       mine.a_row[i] = dh;
     }
-    multiply(memory.w_hr[d], P, H, 0, unit_panels(), mine.a_row, n, task.dm, Hp, false);
+    multiply(memory.w_hr[d], P, H, 0, unit_panels(), false, mine.a_row, n, task.dm, Hp, false);
   }
 
   // From dh and dc to dpre of block u of one row; dh becomes what goes past W_hh, dc that of
@@ -409,8 +413,8 @@ struct Backward : Layer<S, CellOf> {
     for (int64_t k0 = 0; k0 < rows; k0 += round) {
       const int64_t K = rows - k0 < round ? rows - k0 : round;
       for (int64_t m = m0; m < m1; m += kTile)
-        pack_tile_of_columns(mine.a + (m - m0) * kBlockK, a + k0 * ld_a + m, ld_a, K,
-                             int(m1 - m < kTile ? m1 - m : kTile));
+        pack_tile_of_columns(int(m1 - m < kTile ? m1 - m : kTile), mine.a + (m - m0) * kBlockK,
+                             a + k0 * ld_a + m, ld_a, K);
       for (int64_t panel = 0; panel < ceil_div(N, kPanel); panel++) {
         const int nv = Base::nv_of(N, panel);
         const int64_t columns = N - panel * kPanel;

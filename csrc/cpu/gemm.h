@@ -8,6 +8,8 @@
 // over all of K, each k costs NV loads of weights and one broadcast per row.
 #pragma once
 
+#include <utility>
+
 #include "vec.h"
 
 namespace seqkern {
@@ -203,29 +205,67 @@ SEQKERN_INLINE int64_t tile_start(int64_t n, int most, int64_t i) {
 // ---- packing
 // ---------------------------------------------------------------------------------------------
 
+constexpr int interleave_source(int lanes, int o, bool high) {
+  return (high ? lanes / 2 : 0) + o / 2 + o % 2 * lanes;
+}
+
+// The low (or high) halves of two vectors, lane by lane in turn.
+template <bool high, class V, int... lane>
+SEQKERN_INLINE V interleave(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, interleave_source(sizeof...(lane), lane, high)...);
+}
+
+// v[i][j] <-> v[j][i]: each round turns the bits of the index (i, j) by one place.
+template <class V, int L>
+SEQKERN_INLINE void transpose(V (&v)[L]) {
+  constexpr auto lanes = std::make_integer_sequence<int, L>();
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    V turned[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; i++) {
+      turned[2 * i] = interleave<false>(v[i], v[i + L / 2], lanes);
+      turned[2 * i + 1] = interleave<true>(v[i], v[i + L / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) v[i] = turned[i];
+  }
+}
+
 // panel(k, v * kLanes + lane) = w[(base[v] + lane) * ld + k] for lane < valid[v], else 0: outputs
 // are rows of w.
 template <class A, class S>
 void pack_panel_of_rows(A* panel, const S* w, int64_t ld, int64_t K, int nv, const int64_t* base,
                         const int64_t* valid) {
-  using C = Compute<A>;
-  constexpr int L = kLanes<C>, P = kPair<A>;
-  for (int v = 0; v < nv; v++) {
-    for (int64_t k0 = 0; k0 < K; k0 += L) {  // blocks of L rows by L columns, transposed in L1
-      alignas(64) C block[L][L] = {};
-      const int64_t columns = K - k0 < L ? K - k0 : L;
+  using V = Vec<Compute<A>>;
+  constexpr int L = kLanes<Compute<A>>, P = kPair<A>;
+  for (int v = 0; v < nv; v++)
+    for (int64_t k0 = 0; k0 < K; k0 += L) {  // blocks of L rows by L columns
+      V block[L];
+      const int64_t columns = K - k0;
+#pragma GCC unroll 16
       for (int lane = 0; lane < L; lane++)
-        if (lane < valid[v])
-          store(block[lane], load_first(w + (base[v] + lane) * ld + k0, columns));
-      for (int64_t k = 0; k < round_up(columns, P); k += P) {
+        block[lane] = lane < valid[v] ? load_first(w + (base[v] + lane) * ld + k0, columns) : V{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int k = 0; k < L; k += P) {
+        if (k >= columns) break;
         A* out = panel + ((k0 + k) / P * nv + v) * L * P;
-        alignas(64) C values[L * P];
-        for (int lane = 0; lane < L; lane++)
-          for (int p = 0; p < P; p++) values[lane * P + p] = block[lane][k + p];
-        for (int i = 0; i < P; i++) store(out + i * L, load(values + i * L));
+        if constexpr (P == 1) {
+          store(out, block[k]);
+        } else {  // the upper halves of two floats are two bf16
+          const VecU pairs = (VecU)block[k] >> 16 | ((VecU)block[k + 1] & 0xffff0000u);
+          memcpy(out, &pairs, sizeof pairs);
+        }
       }
     }
-  }
+}
+
+// The bits of the first n of kLanes 16-bit values, one to a lane of 32.
+SEQKERN_INLINE VecU load_bits(const bf16* p, int64_t n) {
+  VecU16 bits{};
+  memcpy(&bits, p, size_t(n >= kLanes<float> ? kLanes<float> : n < 0 ? 0 : n) * sizeof(bf16));
+  return __builtin_convertvector(bits, VecU);
 }
 
 // panel(k, n) = row[k][n] for n < columns, else 0: outputs are columns, one pointer per k.
@@ -240,24 +280,43 @@ void pack_panel_of_columns(A* panel, const S* const* row, int64_t K, int nv, int
         store(out, load_first(row[k] + v * L, columns - v * L));
       } else {
         static_assert(sizeof(S) == sizeof(A));  // pairs are bf16 on both sides: no conversion
-        S even[L] = {}, odd[L] = {};
-        const int64_t n = columns - v * L < L ? columns - v * L : L;
-        for (int64_t i = 0; i < n; i++) even[i] = row[k][v * L + i];
-        if (k + 1 < K)
-          for (int64_t i = 0; i < n; i++) odd[i] = row[k + 1][v * L + i];
-        for (int i = 0; i < L; i++) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+        const VecU even = load_bits(row[k] + v * L, columns - v * L);
+        const VecU odd = k + 1 < K ? load_bits(row[k + 1] + v * L, columns - v * L) : VecU{};
+        const VecU pairs = even | odd << 16;
+        memcpy(out, &pairs, sizeof pairs);
       }
     }
 }
 
-// Packed rows of tiles: out[k / kPair][r][kPair] = a[k * ld + r] for r < rows.
-template <class A>
-void pack_tile_of_columns(A* out, const A* a, int64_t ld, int64_t K, int rows) {
+// Packed rows of a tile: out[k / kPair][r][kPair] = a[k * ld + r] for r < R.
+template <int R, class A>
+void pack_tile_of_columns(A* out, const A* a, int64_t ld, int64_t K) {
   constexpr int P = kPair<A>;
-  for (int64_t k = 0; k < round_up(K, P); k += P)
-    for (int r = 0; r < rows; r++)
-      for (int p = 0; p < P; p++)
-        out[(k * rows) + r * P + p] = k + p < K ? a[(k + p) * ld + r] : A{};
+  for (int64_t k = 0; k + P <= K; k += P, out += R * P)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int p = 0; p < P; p++) out[r * P + p] = a[(k + p) * ld + r];
+  if (K % P)
+    for (int r = 0; r < R; r++) out[r * P] = a[(K - 1) * ld + r], out[r * P + 1] = A{};
+}
+
+template <class A>
+void pack_tile_of_columns(int rows, A* out, const A* a, int64_t ld, int64_t K) {
+  switch (rows) {
+    case 1:
+      return pack_tile_of_columns<1>(out, a, ld, K);
+    case 2:
+      return pack_tile_of_columns<2>(out, a, ld, K);
+    case 3:
+      return pack_tile_of_columns<3>(out, a, ld, K);
+    case 4:
+      return pack_tile_of_columns<4>(out, a, ld, K);
+    case 5:
+      return pack_tile_of_columns<5>(out, a, ld, K);
+    case 6:
+      return pack_tile_of_columns<6>(out, a, ld, K);
+  }
 }
 
 }  // namespace SEQKERN_ISA

@@ -79,12 +79,23 @@ double now() {
   return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
 }
 
+// A vector register for asm, so that the compiler must make the value and may not leave the loop
+// out.
+#if defined(__AVX512F__)
+#define SEQKERN_REGISTER(v) "+v"(v)
+#elif defined(__x86_64__)
+#define SEQKERN_REGISTER(v) "+x"(v)
+#else
+#define SEQKERN_REGISTER(v) "+w"(v)
+#endif
+
 // The rate of independent fused multiply-adds in registers.
 double fma_peak(int threads, double seconds) {
   constexpr int kSums = 12, kRounds = 20000;
   double rate = 0;
   parallel(threads, [&](int, int) {
     VecF sums[kSums];
+#pragma GCC unroll 12
     for (int i = 0; i < kSums; i++) sums[i] = VecF{} + float(i);
     VecF a = VecF{} + 0.999f, b = VecF{} + 0.001f;
     int64_t rounds = 0;
@@ -95,7 +106,7 @@ double fma_peak(int threads, double seconds) {
 #pragma GCC unroll 12
         for (int i = 0; i < kSums; i++) {
           sums[i] = sums[i] * a + b;
-          asm volatile("" : "+x"(sums[i]));
+          asm volatile("" : SEQKERN_REGISTER(sums[i]));
         }
       }
       rounds += kRounds;
@@ -128,7 +139,8 @@ double read_bandwidth(int threads, int64_t bytes, double seconds) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) sums[i] += load(data + (v + i) * kLanes<float>);
       }
-      for (int i = 0; i < 8; i++) asm volatile("" : "+x"(sums[i]));
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) asm volatile("" : SEQKERN_REGISTER(sums[i]));
       passes++;
       elapsed = now() - start;
     } while (elapsed < seconds);

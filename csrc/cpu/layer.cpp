@@ -2,7 +2,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <numeric>
@@ -48,6 +51,24 @@ void check(const char* name, const Tensor& tensor, const Tensor& x, at::IntArray
 // A tensor whose rows are contiguous: itself where it can be.
 Tensor with_rows(const Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// Large fresh memory is mapped page by page as it is first written, and 4 KiB pages make that a
+// cost beside the kernels': ask for large ones. A hint: nothing depends on it.
+void prefer_large_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = (begin + tensor.nbytes()) / kLarge * kLarge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor new_empty(at::IntArrayRef shape, const at::TensorOptions& options) {
+  Tensor tensor = at::empty(shape, options);
+  prefer_large_pages(tensor);
+  return tensor;
 }
 
 // One layer's call, its arguments checked: sizes, the order of the rows, and the tensors kept
@@ -124,8 +145,9 @@ class Call {
 
   // A result with a row per row of x. Rows past a length must be zero, and no kernel writes them.
   Tensor new_rows(int64_t n) const {
-    if (packed) return at::empty({rows, n}, x.options());
-    return ragged ? at::zeros({T, B, n}, x.options()) : at::empty({T, B, n}, x.options());
+    if (packed) return new_empty({rows, n}, x.options());
+    Tensor tensor = new_empty({T, B, n}, x.options());
+    return ragged ? tensor.zero_() : tensor;
   }
 
   std::vector<int64_t> reserve_shape() const {
@@ -198,7 +220,7 @@ template <class Params>
 void launch(Params& p, size_t (*bytes)(const Params&), void (*run)(const Params&)) {
   constexpr size_t kAlign = 64;
   p.scratch = nullptr;
-  const Tensor scratch = at::empty({int64_t(bytes(p) + kAlign)}, at::kByte);
+  const Tensor scratch = new_empty({int64_t(bytes(p) + kAlign)}, at::kByte);
   const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
   p.scratch = reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
   run(p);
@@ -216,7 +238,7 @@ ForwardResult layer_forward(CellKind cell, const Tensor& x, const Tensor& h0, co
   if (cell == CellKind::lstm) result.c_n = at::empty({call.D, call.B, call.H}, x.options());
   const bool reserves = save && saved_of(cell) > 0;
   result.reserve =
-      reserves ? at::empty(call.reserve_shape(), x.options()) : at::empty({0}, x.options());
+      reserves ? new_empty(call.reserve_shape(), x.options()) : at::empty({0}, x.options());
   if (call.B == 0 || call.H == 0) return result;
 
   ForwardParams p{};

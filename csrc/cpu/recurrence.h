@@ -18,6 +18,7 @@
 
 #include "../cell.h"
 #include "gemm.h"
+#include "step.h"
 #include "threads.h"
 
 namespace seqkern {
@@ -207,6 +208,14 @@ struct Forward : Layer<S, CellOf> {
   }
 
   size_t scratch_bytes() const {
+    if (is_step()) {
+      Scratch scratch{nullptr};
+      for (int64_t d = 0; d < D; d++) {
+        carve_task(scratch, Plan{1, 1});
+        scratch.take<C>(Hp * kSlots);
+      }
+      return scratch.used;
+    }
     const Memory memory = carve_shared(nullptr);
     size_t most = 0;
     const int counts[2] = {1, q.threads};
@@ -242,12 +251,12 @@ struct Forward : Layer<S, CellOf> {
     }
   }
 
-  // Both biases, in the order of the slots: b_ih in the first G, b_hh in the last G.
-  void make_bias(C* bias, const Weights& w) const {
-    for (int64_t i = 0; i < Hp * kSlots; i++) bias[i] = 0;
+  // Both biases of some blocks, in the order of the slots: b_ih in the first G, b_hh in the last G.
+  void make_bias(C* bias, const Weights& w, int64_t block_begin, int64_t block_end) const {
+    for (int64_t i = block_begin * kSlots * L; i < block_end * kSlots * L; i++) bias[i] = 0;
     if (!w.b_ih) return;
-    const int first = kSlots - G > 0 ? G - 1 : 0;
-    for (int64_t unit = 0; unit < H; unit++) {
+    const int first = kSlots > G ? G - 1 : 0;
+    for (int64_t unit = block_begin * L; unit < block_end * L && unit < H; unit++) {
       C* out = bias + unit / L * kSlots * L + unit % L;
       for (int g = 0; g < G; g++) {
         C value[1];
@@ -259,7 +268,67 @@ struct Forward : Layer<S, CellOf> {
     }
   }
 
+  // Whether this call is one step of a few rows: then nothing is packed.
+  bool is_step() const { return T == 1 && B <= kStepBatch && !projected; }
+
+  void run_step() const {
+    Scratch scratch{(char*)q.scratch};
+    Task tasks[2];
+    C* bias[2];
+    for (int64_t d = 0; d < D; d++) {
+      tasks[d] = carve_task(scratch, Plan{1, 1});
+      bias[d] = scratch.take<C>(Hp * kSlots);
+    }
+    parallel(q.threads, [&](int thread, int threads) {
+      const int64_t begin = part_begin(blocks, thread, threads),
+                    end = part_begin(blocks, thread + 1, threads);
+      for (int64_t d = 0; d < D; d++) {
+        make_bias(bias[d], q.weights[d], begin, end);
+        load_c(tasks[d], d, B, [](int64_t i) { return i; }, begin, end);
+        for (int64_t u = begin; u < end; u++) step_block(tasks[d], bias[d] + u * kSlots * L, d, u);
+      }
+    });
+    for (int64_t d = 0; d < D; d++)
+      finish(tasks[d], d, B, [](int64_t i) { return i; }, 0, 0, blocks);
+  }
+
+  // Block u of the only step's rows.
+  void step_block(const Task& task, const C* bias, int64_t d, int64_t u) const {
+    const Weights& w = q.weights[d];
+    alignas(64) C pre[kStepRows][kSlots * L];
+    for (int64_t r0 = 0; r0 < seq.active[0]; r0 += kStepRows) {
+      const int rows = int(seq.active[0] - r0 < kStepRows ? seq.active[0] - r0 : kStepRows);
+      Dots<S> x, h;
+      x.K = I, h.K = P;
+      for (int r = 0; r < rows; r++) {
+        x.a[r] = this->template row_of<const S>(q.x, 0, r0 + r);
+        h.a[r] = this->h_prev(d, 0, r0 + r);
+        memcpy(pre[r], bias, sizeof pre[r]);
+      }
+      const int64_t units = H - u * L < L ? H - u * L : L;
+      // With one gate only, several units' weights are taken at once instead.
+      constexpr int kUnits = G == 1 ? kStepWeights : 1;
+      int64_t lane = 0;
+      for (; lane + kUnits <= units; lane += kUnits)
+        step_units<kUnits>(w, u * L + lane, rows, x, h, &pre[0][lane]);
+      for (; lane < units; lane++) step_units<1>(w, u * L + lane, rows, x, h, &pre[0][lane]);
+      for (int r = 0; r < rows; r++) gates(task, d, 0, r0 + r, r0 + r, u, h.a[r], pre[r]);
+    }
+  }
+
+  // pre += W_ih x + W_hh h for all gates of units unit .. unit + kUnits.
+  template <int kUnits>
+  void step_units(const Weights& w, int64_t unit, int rows, Dots<S>& x, Dots<S>& h, C* pre) const {
+    constexpr int kFirst = kSlots > G ? G - 1 : 0;
+    for (int i = 0; i < G * kUnits; i++) {
+      x.w[i] = (const S*)w.w_ih + ((i + kFirst) % G * H + unit + i / G) * I;
+      h.w[i] = (const S*)w.w_hh + (i % G * H + unit + i / G) * P;
+    }
+    step_rows<kSlots * kUnits, G * kUnits>(rows, pre, kUnits == 1 ? L : 1, kSlots * L, x, h);
+  }
+
   void run() const {
+    if (is_step()) return run_step();
     Memory memory = carve_shared((char*)q.scratch);
     parallel(q.threads, [&](int thread, int threads) {
       for (int64_t d = 0; d < D; d++) {
@@ -267,7 +336,7 @@ struct Forward : Layer<S, CellOf> {
         pack_gates(memory.w_ih[d], (const S*)w.w_ih, I, kSlots > G ? G - 1 : 0, thread, threads);
         pack_gates(memory.w_hh[d], (const S*)w.w_hh, P, 0, thread, threads);
         if (projected) pack_projection(memory.w_hr[d], (const S*)w.w_hr, thread, threads);
-        if (thread == d % threads) make_bias(memory.bias[d], w);
+        if (thread == d % threads) make_bias(memory.bias[d], w, 0, blocks);
       }
     });
     const Plan planned = plan(q.threads);
@@ -315,11 +384,7 @@ struct Forward : Layer<S, CellOf> {
     };  // the slice's row i among all rows
     const int64_t n_rows = slice < B ? ceil_div(B - slice, slices) : 0;
 
-    if constexpr (Cell::kHasC)
-      for (int64_t i = 0; i < n_rows; i++)
-        for (int64_t u = block_begin; u < block_end; u++)
-          store(task.c + i * Hp + u * L,
-                load_first((const S*)q.c0 + (d * B + seq.row[sorted(i)]) * H + u * L, H - u * L));
+    load_c(task, d, n_rows, sorted, block_begin, block_end);
 
     const int64_t room = chunk_rows(plan);
     for (int64_t done = 0; done < T;) {
@@ -355,7 +420,10 @@ struct Forward : Layer<S, CellOf> {
             mine.h_row[i] = h;
           }
         }
-        for (int64_t panel = panel_begin; panel < panel_end; panel++) {
+        for (int64_t k = panel_begin; k < panel_end; k++) {
+          // Back and forth: the panels used last in one step are still in cache at the start of the
+          // next.
+          const int64_t panel = done % 2 ? panel_end - 1 - (k - panel_begin) : k;
           const int nv = panel_nv(panel);
           const int most = max_rows(nv);
           const int64_t offset = panel * kBlocksPerPanel * kSlots * L;
@@ -366,7 +434,7 @@ struct Forward : Layer<S, CellOf> {
             tile(int(r1 - r0), nv, out, ld, out, ld, PointerRows<A>{mine.h_row + r0}, w, P);
             for (int64_t r = r0; r < r1; r++)
               for (int64_t u = panel * kBlocksPerPanel; u < panel * kBlocksPerPanel + nv / G; u++)
-                gates(task, mine, d, t, r, sorted(r), u, pre + r * ld + u * kSlots * L);
+                gates(task, d, t, r, sorted(r), u, mine.h_row[r], pre + r * ld + u * kSlots * L);
           }
         }
         if (projected) project_output(memory, task, mine, d, t, n, sorted);
@@ -375,6 +443,16 @@ struct Forward : Layer<S, CellOf> {
       }
     }
     finish(task, d, n_rows, sorted, member, block_begin, block_end);
+  }
+
+  template <class Sorted>
+  void load_c(const Task& task, int64_t d, int64_t n_rows, const Sorted& sorted,
+              int64_t block_begin, int64_t block_end) const {
+    if constexpr (Cell::kHasC)
+      for (int64_t i = 0; i < n_rows; i++)
+        for (int64_t u = block_begin; u < block_end; u++)
+          store(task.c + i * Hp + u * L,
+                load_first((const S*)q.c0 + (d * B + seq.row[sorted(i)]) * H + u * L, H - u * L));
   }
 
   // pre = bias + W_ih x for a chunk's rows.
@@ -399,14 +477,15 @@ struct Forward : Layer<S, CellOf> {
   }
 
   // From the pre-activations of block u of one row to h and c.
-  SEQKERN_INLINE void gates(const Task& task, const Thread& mine, int64_t d, int64_t t, int64_t i,
-                            int64_t j, int64_t u, const C* pre) const {
+  template <class HRow>
+  SEQKERN_INLINE void gates(const Task& task, int64_t d, int64_t t, int64_t i, int64_t j, int64_t u,
+                            const HRow* h_row, const C* pre) const {
     V slots[kSlots], saved[kSaved > 0 ? kSaved : 1];
     for (int s = 0; s < kSlots; s++) slots[s] = load(pre + s * L);
     const int64_t valid = H - u * L;
     V c{}, h_prev{};
     if constexpr (Cell::kHasC) c = load(task.c + i * Hp + u * L);
-    if constexpr (kSlots > G) h_prev = load_first(mine.h_row[i] + u * L, valid);
+    if constexpr (kSlots > G) h_prev = load_first(h_row + u * L, valid);
     const V h = Cell::forward(slots, h_prev, c, saved);
     if constexpr (Cell::kHasC) store(task.c + i * Hp + u * L, c);
     if (kSaved > 0 && q.reserve) {
