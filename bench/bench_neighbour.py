@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from bench.conftest import Session
 
 TORCH_STEPS = 64
-SECONDS, LEAST = 0.6, 5  # rounds go on this long and this often, in either state …
-LIMIT = 5.0  # … unless this has passed
+SECONDS, LEAST = 0.6, 3  # rounds go on this long and this often, in either state …
+LIMIT = 4.0  # … unless this has passed
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from bench.cases import BY_NAME
 
 CHECK_FLOPS = {torch.float32: 5e8, torch.bfloat16: 2e8, torch.float16: 3e7}  # a plain check's forward pass
 QUICK_GATE_FLOPS = {torch.float32: 4e9, torch.bfloat16: 1e9, torch.float16: 1e8}
-FULL = harness.Budget(seconds=1.2, least=5)
+FULL = harness.Budget(seconds=1.0, least=5)
 QUICK = harness.Budget(seconds=0.4, least=3, limit=5.0)
 
 
@@ -156,11 +156,13 @@ def bench_session(request: pytest.FixtureRequest) -> Iterator[Session]:
     session = Session(config, device, torch.get_num_threads(), library)
     config.stash[SESSION] = session
     if session.measuring and not config.option.bench_null:
-        busy = machine_facts.busy_fraction()
         found = limits.measure(device, session.quick)
-        session.facts = machine_facts.run_facts(device, session.threads, found) | {"busy_before": busy}
+        session.facts = machine_facts.run_facts(device, session.threads, found)
+    elsewhere = machine_facts.Elsewhere()
     yield session
     torch.set_num_threads(before)
+    if session.facts is not None:
+        session.facts["busy_elsewhere"] = elsewhere.busy()
     results = config.option.bench_results or (None if session.quick else store.RESULTS)
     if session.facts is not None and results is not None:
         machine = machine_facts.machine(device)
@@ -268,7 +270,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 f"{entry['id']:34s} busy / alone: torch.nn {entry['torch']['ratio']:.2f}, "
                 f"seqkern {entry['seqkern']['ratio']:.2f}"
             )
-    if session.facts and (session.facts.get("busy_before") or 0) > 0.05:
+    busy = (session.facts or {}).get("busy_elsewhere") or 0
+    if busy > machine_facts.QUIET:
         terminalreporter.write_line(
-            f"WARNING: the machine was {session.facts['busy_before']:.0%} busy before: measure on a quiet one"
+            f"WARNING: other processes took {busy:.0%} of the cores: not to be relied on"
         )

@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 
 import torch
 
@@ -22,6 +21,8 @@ INSTRUCTION_SETS = (
     ("avx2", "avx2"),
     ("asimd", "neon"),
 )
+
+QUIET = 0.05  # a run in which other processes take more of the cores says so wherever it is shown
 
 
 def slugify(text: str) -> str:
@@ -69,20 +70,30 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def busy_fraction(seconds: float = 0.3) -> float | None:
-    """How busy all cores were over the last `seconds`, by /proc/stat: other processes distort ratios."""
-    stat = pathlib.Path("/proc/stat")
-    if not stat.exists():
-        return None
+class Elsewhere:
+    """How busy the cores are with other processes than this one and its children, from its making on.
 
-    def read() -> tuple[int, int]:
-        ticks = [int(field) for field in stat.read_text().splitlines()[0].split()[1:9]]
-        return sum(ticks), ticks[3] + ticks[4]  # all, and idle + iowait
+    Other processes distort ratios: torch.nn waits for its threads once a step, so it suffers more than seqkern.
+    """
 
-    total, idle = read()
-    time.sleep(seconds)
-    total_, idle_ = read()
-    return round(1 - (idle_ - idle) / max(1, total_ - total), 3)
+    STAT = pathlib.Path("/proc/stat")
+
+    def __init__(self) -> None:
+        self.start = self.read() if self.STAT.exists() else None
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of all cores: passed, and busy with others."""
+        hertz = os.sysconf("SC_CLK_TCK")
+        ticks = [int(field) / hertz for field in self.STAT.read_text().splitlines()[0].split()[1:9]]
+        own = sum(os.times()[:4])  # user and system, children that have ended included
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4] - own  # 3, 4: idle, waiting for input or output
+
+    def busy(self) -> float | None:
+        """Fraction of the cores' time, 0 … 1; None where the system does not tell."""
+        if self.start is None:
+            return None
+        (passed, others), (passed_, others_) = self.start, self.read()
+        return round(max(0.0, (others_ - others) / max(1e-9, passed_ - passed)), 3)
 
 
 def clock_mhz() -> float | None:

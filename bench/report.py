@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from bench import cases, limits, store
-from bench.machine import ROOT
+from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = ROOT / "README.md"
@@ -147,6 +147,9 @@ def machine_line(results: Results) -> str:
             for run in results.runs.values()
         }
     )
+    busy = max(run.get("busy_elsewhere") or 0 for run in results.runs.values())
+    if busy > QUIET:
+        commits.append(f"other processes taking {busy:.0%} of the cores (not to be relied on)")
     return ", ".join([*parts, " and ".join(commits)])
 
 

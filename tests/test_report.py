@@ -166,6 +166,18 @@ def test_a_peak_below_a_gemm_does_not_count() -> None:
     assert limits.peak({"fma_peak": 250.0}, "float16") is None
 
 
+def test_a_disturbed_run_says_so() -> None:
+    document = made_up()
+    assert "relied" not in report.machine_section(results(document))
+    next(iter(document["runs"].values()))["busy_elsewhere"] = 0.4
+    assert "40% of the cores (not to be relied on)" in report.machine_section(results(document))
+
+
+def test_own_work_is_not_elsewhere() -> None:
+    elsewhere = machine.Elsewhere()
+    assert elsewhere.busy() is None or 0 <= elsewhere.busy() <= 1
+
+
 def test_seconds() -> None:
     shown = [report.seconds(v) for v in (2.5, 0.9999, 0.0123, 0.0009999, 3.21e-05)]
     assert shown == ["2.5 s", "1000 ms", "12.3 ms", "1000 µs", "32.1 µs"]
