@@ -22,7 +22,7 @@ INSTRUCTION_SETS = (
     ("asimd", "neon"),
 )
 
-QUIET = 0.05  # a run in which other processes take more of the cores says so wherever it is shown
+QUIET = 0.05  # with more of the cores taken by other processes, a run says so wherever it is shown
 
 
 def slugify(text: str) -> str:
@@ -73,7 +73,7 @@ def available_cores() -> int:
 class Elsewhere:
     """How busy the cores are with other processes than this one and its children, from its making on.
 
-    Other processes distort ratios: torch.nn waits for its threads once a step, so it suffers more than seqkern.
+    Other processes distort ratios: torch.nn, which waits for its threads once a step, suffers most.
     """
 
     STAT = pathlib.Path("/proc/stat")
@@ -84,7 +84,8 @@ class Elsewhere:
     def read(self) -> tuple[float, float]:
         """Seconds of all cores: passed, and busy with others."""
         hertz = os.sysconf("SC_CLK_TCK")
-        ticks = [int(field) / hertz for field in self.STAT.read_text().splitlines()[0].split()[1:9]]
+        first = self.STAT.read_text().splitlines()[0]
+        ticks = [int(field) / hertz for field in first.split()[1:9]]
         own = sum(os.times()[:4])  # user and system, children that have ended included
         return sum(ticks), sum(ticks) - ticks[3] - ticks[4] - own  # 3, 4: idle, waiting for input or output
 
