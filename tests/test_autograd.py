@@ -335,33 +335,73 @@ def test_a_saved_tensor_changed_in_place_is_detected(backend, kind, changed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changed", ["y", "lengths"])
-def test_a_changed_output_or_lengths_are_detected(cpu_backend, kind, changed):
-    """The kernels' backward reads both; torch.nn.LSTM's reads its output too."""
+def test_changed_lengths_are_detected(cpu_backend, kind):
     layer = OURS[kind](I, H, dtype=torch.float64)
     x, hx = inputs_for(layer)
     lengths = torch.tensor(LENGTHS)
-    outputs = layer(x, hx, lengths=lengths)
-    if changed == "y":
-        outputs[0].mul_(2)
-    else:
-        lengths.fill_(1)
+    loss = weighted_sum(layer(x, hx, lengths=lengths))
+    lengths.fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        weighted_sum(outputs).backward()
+        loss.backward()
+
+
+def identity(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+@pytest.mark.parametrize(("kind", "options"), LAYERS)
+@pytest.mark.parametrize("offload", [False, True], ids=["", "saved_tensors_hooks"])
+def test_outputs_may_change_in_place(backend, kind, options, offload):
+    """torch.nn's GRU and RNN allow it, its LSTM with two directions too: `y *= mask`, ReLU(inplace=True)."""
+    layer = OURS[kind](I, H, dtype=torch.float64, **options)
+    x, hx = inputs_for(layer)
+    tensors = [x, *flatten(hx), *layer.parameters()]
+    y, states = layer(x, hx)
+    expected = [y * 2, *(t * 3 for t in flatten(states))]
+    hooks = (identity, identity) if offload else (lambda t: t, lambda t: t)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        y, states = layer(x, hx)
+        got = [y.mul_(2), *(t.mul_(3) for t in flatten(states))]
+    assert_same(got, expected)
+    grads = torch.autograd.grad(weighted_sum(got), tensors, retain_graph=True)
+    assert_same(grads, torch.autograd.grad(weighted_sum(expected), tensors))
+    with torch.no_grad():
+        y.fill_(float("nan"))  # once more, after a first backward
+    got = torch.autograd.grad(got, tensors, [torch.ones_like(t) for t in got])
+    assert_same(got, torch.autograd.grad(layer(x, hx)[0].sum() * 2 + final_sum(layer(x, hx)[1]) * 3, tensors))
+
+
+def final_sum(states: Any) -> Tensor:
+    return sum(t.sum() for t in flatten(states))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_final_states_may_change_in_place(backend, kind):
-    theirs, ours = pair(kind, num_layers=2)
-    x, hx = inputs_for(theirs)
-    results = []
-    for layer in (theirs, ours):
-        x_, hx_ = leaves(x), leaves(hx)
-        outputs = layer(x_, hx_)
-        for state in flatten(outputs[1]):
-            state.mul_(2)
-        results.append(torch.autograd.grad(weighted_sum(outputs), [x_, *layer.parameters()]))
-    assert_same(results[1], results[0])
+def test_watching_the_output_holds_no_memory(cpu_backend, kind):
+    """What tells that the output was changed shares its version counter, not its memory."""
+    y, _ = OURS[kind](I, H)(torch.randn(T, B, I))
+    counter = y.grad_fn.output_counter
+    assert counter.untyped_storage().nbytes() == 0
+    before = counter._version
+    y.detach().add_(1)
+    assert counter._version == before + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_autograd(backend, kind):
+    """An eager forward, its backward compiled; the output changed in place or not."""
+    layer, x = OURS[kind](I, H), torch.randn(T, B, I)
+
+    def grads(in_place):
+        layer.zero_grad()
+        y, _ = layer(x)
+        (y.mul_(2) if in_place else y * 2).square().sum().backward()
+        return [p.grad for p in layer.parameters()]
+
+    expected = grads(False)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        for in_place in (False, True, False):
+            assert_same(grads(in_place), expected)
+    torch._dynamo.reset()
 
 
 # ---- cells -------------------------------------------------------------------------------------------------

@@ -24,8 +24,13 @@ def flat_weights(module: torch.nn.RNNBase) -> list[Tensor]:
 
 
 def cell_weights(module: torch.nn.RNNCellBase) -> list[Tensor]:
-    """w_ih, w_hh[, b_ih, b_hh] of a cell. One bias alone is completed with zeros."""
-    w_ih, w_hh, b_ih, b_hh = module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh
+    """w_ih, w_hh[, b_ih, b_hh] of a cell, as they are now. One bias alone is completed with zeros."""
+    parameters = module._parameters
+    try:
+        w_ih, w_hh = parameters["weight_ih"], parameters["weight_hh"]
+        b_ih, b_hh = parameters["bias_ih"], parameters["bias_hh"]
+    except KeyError:  # parametrized, pruned, or replaced by a plain tensor
+        w_ih, w_hh, b_ih, b_hh = module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh
     if b_ih is None and b_hh is None:
         return [w_ih, w_hh]
     if b_ih is None:
@@ -103,18 +108,3 @@ def cell_state(name: str, hx: Tensor | None, batched: bool) -> Tensor | None:
     if hx.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
     return hx if batched else hx.unsqueeze(0)
-
-
-def check_cell(module: torch.nn.RNNCellBase, x: Tensor, *states: tuple[str, Tensor | None]) -> None:
-    """x [B, I] and the states [B, H] against the cell; torch.nn's exception class, RuntimeError."""
-    if x.shape[1] != module.input_size:
-        raise RuntimeError(
-            f"input: expected [B, I] with I = input_size = {module.input_size}, got {tuple(x.shape)}"
-        )
-    expected = (x.shape[0], module.hidden_size)
-    for name, state in states:
-        if state is not None and state.shape != expected:
-            raise RuntimeError(f"{name}: expected [B, H] = {tuple(expected)}, got {tuple(state.shape)}")
-    w_ih = module.weight_ih
-    if x.dtype is not w_ih.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(f"input: expected the dtype of the weights, {w_ih.dtype}, got {x.dtype}")

@@ -102,6 +102,5 @@ class GRUCell(torch.nn.GRUCell):
         """
         x, batched = _base.cell_input("GRUCell", input)
         h_0 = _base.cell_state("GRUCell", hx, batched)
-        _base.check_cell(self, x, ("hx", h_0))
         h_1 = ops.gru_cell(x, h_0, _base.cell_weights(self))
         return h_1 if batched else h_1.squeeze(0)

@@ -125,7 +125,6 @@ class LSTMCell(torch.nn.LSTMCell):
             RuntimeError: any other wrong shape, dtype or device
         """
         x, batched = _base.cell_input("LSTMCell", input)
-        h_0 = c_0 = None
         if hx is not None:
             for k, state in enumerate(hx):
                 if state.dim() not in (1, 2):
@@ -134,7 +133,7 @@ class LSTMCell(torch.nn.LSTMCell):
                 raise TypeError("hx: expected a pair (h_0, c_0), got one tensor")
             if len(hx) != 2:
                 raise RuntimeError(f"hx: lstm_cell expects two hidden states (h_0, c_0), got {len(hx)}")
-            h_0, c_0 = hx if batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        _base.check_cell(self, x, ("hx[0]", h_0), ("hx[1]", c_0))
-        h_1, c_1 = ops.lstm_cell(x, None if hx is None else (h_0, c_0), _base.cell_weights(self))
+            if not batched:
+                hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h_1, c_1 = ops.lstm_cell(x, hx, _base.cell_weights(self))
         return (h_1, c_1) if batched else (h_1.squeeze(0), c_1.squeeze(0))

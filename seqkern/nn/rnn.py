@@ -109,7 +109,6 @@ class RNNCell(torch.nn.RNNCell):
         """
         x, batched = _base.cell_input("RNNCell", input)
         h_0 = _base.cell_state("RNNCell", hx, batched)
-        _base.check_cell(self, x, ("hx", h_0))
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         h_1 = ops.rnn_cell(x, h_0, _base.cell_weights(self), nonlinearity=self.nonlinearity)

@@ -34,9 +34,10 @@ def check(
     D: int,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    cell: bool = False,
 ) -> Tensor | None:
     """Check one request's meaning before any work, with torch.nn's exception classes; returns lengths as
-    int64.
+    int64. A cell's input is [B, I] and its states [B, H]; a layer's are as `lstm`, `gru` and `rnn` say.
 
     Raises:
         ValueError: input's dtype is not the parameters', lengths are wrong, a wrong number of parameters
@@ -52,12 +53,17 @@ def check(
     w_ih, w_hh = params[0], params[1]
     dtype, device = input.dtype, input.device
     if w_ih.dtype is not dtype:
-        # torch.nn checks this first, as a ValueError; only its packed LSTM leaves it to the kernel.
-        raise (RuntimeError if op == "lstm" and batch_sizes is not None else ValueError)(
+        # torch.nn checks this first, as a ValueError; its cells and its packed LSTM leave it to the kernel.
+        unchecked = cell or (op == "lstm" and batch_sizes is not None)
+        raise (RuntimeError if unchecked else ValueError)(
             f"input: expected the dtype of the weights, {w_ih.dtype}, got {dtype}. Convert the input, "
             f"input.to({w_ih.dtype}), or the model, model.to({dtype})"
         )
-    if batch_sizes is None:
+    if cell:
+        if input.dim() != 2:
+            raise RuntimeError(f"input: expected 2 dimensions [B, I], got {tuple(input.shape)}")
+        T, (B, input_size) = 1, input.shape
+    elif batch_sizes is None:
         if input.dim() != 3:
             raise RuntimeError(f"input: expected 3 dimensions [T, B, I], got {tuple(input.shape)}")
         T, B, input_size = input.shape
@@ -78,9 +84,9 @@ def check(
     G = w_ih_shape[0]
     H, odd = divmod(G, gates)
     if w_ih_shape[-1] != input_size:
+        layout = "[B, I]" if cell else "[T, B, I]" if batch_sizes is None else "[N, I]"
         raise RuntimeError(
-            f"input: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'} with I = input_size = "
-            f"{w_ih_shape[-1]}, got {tuple(input.shape)}"
+            f"input: expected {layout} with I = input_size = {w_ih_shape[-1]}, got {tuple(input.shape)}"
         )
     if odd:
         raise RuntimeError(f"weight_ih_l0: expected [{gates}*H, I], got {tuple(w_ih_shape)}")
@@ -99,19 +105,17 @@ def check(
         for shape in shapes:
             t = params[k]
             if t.shape != shape or t.dtype is not dtype or t.device != device:
-                name = param_names(len(params), num_layers, D)[k]
+                name = param_names(len(params), num_layers, D)[k].removesuffix("_l0" if cell else "")
                 raise _mismatch(name, t, shape, input)
             k += 1
-    h0 = states[0]
-    if h0.shape != (rows, B, P) or h0.dtype is not dtype or h0.device != device:
-        name = "hx" if len(states) == 1 else "hx[0]"
-        raise _mismatch(
-            name, h0, (rows, B, P), input, f"[D*num_layers, B, {'proj_size' if projects else 'H'}] = "
-        )
-    if len(states) == 2:
-        c0 = states[1]
-        if c0.shape != (rows, B, H) or c0.dtype is not dtype or c0.device != device:
-            raise _mismatch("hx[1]", c0, (rows, B, H), input, "[D*num_layers, B, H] = ")
+    for k, t in enumerate(states):
+        size = P if k == 0 else H
+        shape = (B, size) if cell else (rows, B, size)
+        if t.shape != shape or t.dtype is not dtype or t.device != device:
+            name = "hx" if len(states) == 1 else f"hx[{k}]"
+            letter = "proj_size" if projects and k == 0 else "H"
+            letters = f"[B, {letter}] = " if cell else f"[D*num_layers, B, {letter}] = "
+            raise _mismatch(name, t, shape, input, letters)
     return None if lengths is None else _check_lengths(lengths, T, B, device)
 
 
@@ -374,6 +378,35 @@ def differentiate_eager(
             grads = (None,) * len(wanted)
     remaining = iter(grads)
     return (next(remaining) if need else None for need in needed)
+
+
+def save_output(ctx: torch.autograd.function.FunctionCtx, y: Tensor) -> Tensor:
+    """The alias of a Function's output y to save for backward.
+
+    torch.nn's layers let a program change their output in place (`y *= mask`, ReLU(inplace=True)): few of
+    them read
+    it in backward. The kernels do, and saving y itself would make that an error. So the alias has a version
+    counter
+    of its own, and an empty tensor that shares y's counter tells `output_changed`.
+    """
+    if torch.compiler.is_compiling():  # a graph's values do not change
+        ctx.output_counter = None
+        return y
+    counter = y.detach()
+    counter.data = y.new_empty(0)  # lets go of y's memory, keeps its counter
+    ctx.output_counter, ctx.output_version = counter, counter._version
+    return y.data
+
+
+def output_changed(ctx: torch.autograd.function.FunctionCtx) -> bool:
+    """Has the output been changed since forward, so that backward must compute it again?"""
+    if ctx.output_counter is None:
+        return False
+    if (
+        torch.compiler.is_compiling()
+    ):  # compiled autograd after an eager forward, whose graph guards no counter
+        return True
+    return ctx.output_counter._version != ctx.output_version
 
 
 def wanted(grads: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -71,15 +71,7 @@ def gru(
 
     states = (hx,)
     lengths = _layers.check("gru", 3, input, states, params, num_layers, D, lengths, batch_sizes)
-    chosen = _backend.choose(
-        "gru",
-        _layers.device_type(input),
-        input.dtype,
-        transformed=_layers.transformed((input,), states, params),
-        wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_KERNELS,
-    )
-    layer = _eager_layer if chosen == "eager" else _operator_layer
+    layer = _choose_layer(input, states, params, backend)
     output, h_n = _layers.run_layers(
         layer, input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
     )
@@ -95,8 +87,29 @@ def gru_cell(
               for `gru`
     Returns:  h_1: [B, H]
     """
-    _, h_1 = gru(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), params, backend=backend)
+    if hx is None:
+        hx = input.new_zeros((input.shape[0], params[1].shape[-1]))
+    if _layers.autocast_active(input):
+        dtype, _ = _layers.autocast_dtypes(input, (hx,), params, lower=False)
+        with torch.autocast(input.device.type, enabled=False):
+            return gru_cell(input.to(dtype), hx.to(dtype), [p.to(dtype) for p in params], backend=backend)
+    states = (hx,)
+    _layers.check("gru", 3, input, states, params, 1, 1, None, None, cell=True)
+    layer = _choose_layer(input, states, params, backend)
+    _, h_1 = layer(input.unsqueeze(0), (hx.unsqueeze(0),), params, None, None)
     return h_1.squeeze(0)
+
+
+def _choose_layer(input, states, params, backend):
+    chosen = _backend.choose(
+        "gru",
+        _layers.device_type(input),
+        input.dtype,
+        transformed=_layers.transformed((input,), states, params),
+        wish=_backend.current_wish() if backend is None else backend,
+        missing=_backend.WHY_NO_KERNELS,
+    )
+    return _eager_layer if chosen == "eager" else _operator_layer
 
 
 _eager_layer = partial(_layers.eager_layer, gru_layer)
@@ -117,7 +130,7 @@ class GRUFunction(torch.autograd.Function):
     def forward(ctx, x, h0, lengths, batch_sizes, *params):
         y, h_n, reserve = _forward(x, h0, params, lengths, batch_sizes, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, lengths, batch_sizes, y, reserve, *params)
+        ctx.save_for_backward(x, h0, lengths, batch_sizes, _layers.save_output(ctx, y), reserve, *params)
         return y, h_n
 
     @staticmethod
@@ -134,6 +147,8 @@ class GRUFunction(torch.autograd.Function):
                 (dy, dh_n),
             )
             return tuple(grads)
+        if _layers.output_changed(ctx):
+            y = _forward(x, h0, params, lengths, batch_sizes, False)[0]
         dx, dh0, dparams = _backward(
             dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, needed[0], any(needed[4:])
         )

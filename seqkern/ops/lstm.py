@@ -76,16 +76,7 @@ def lstm(
             return output.to(y_dtype), (h_n.to(y_dtype), c_n)
 
     lengths = _layers.check("lstm", 4, input, states, params, num_layers, D, lengths, batch_sizes)
-    chosen = _backend.choose(
-        "lstm",
-        _layers.device_type(input),
-        input.dtype,
-        projects=projects,
-        transformed=_layers.transformed((input,), states, params),
-        wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_KERNELS,
-    )
-    layer = _eager_layer if chosen == "eager" else _operator_layer
+    layer = _choose_layer(input, states, params, projects, backend)
     output, h_n, c_n = _layers.run_layers(
         layer, input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
     )
@@ -101,16 +92,33 @@ def lstm_cell(
               the rest as for `lstm`
     Returns:  (h_1, c_1): [B, H] each
     """
+    if hx is None:
+        zeros = input.new_zeros((input.shape[0], params[1].shape[-1]))
+        hx = (zeros, zeros)
     if _layers.autocast_active(input):
         # Unlike torch's LSTM its LSTMCell lets only the products run in autocast's dtype.
-        dtype, _ = _layers.autocast_dtypes(input, hx or (input,), params, lower=False)
+        dtype, _ = _layers.autocast_dtypes(input, hx, params, lower=False)
         with torch.autocast(input.device.type, enabled=False):
-            hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
+            hx = (hx[0].to(dtype), hx[1].to(dtype))
             return lstm_cell(input.to(dtype), hx, [p.to(dtype) for p in params], backend=backend)
-    if hx is not None:
-        hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-    _, (h_1, c_1) = lstm(input.unsqueeze(0), hx, params, backend=backend)
+    _layers.check("lstm", 4, input, hx, params, 1, 1, None, None, cell=True)
+    layer = _choose_layer(input, hx, params, False, backend)
+    h_0, c_0 = hx
+    _, h_1, c_1 = layer(input.unsqueeze(0), (h_0.unsqueeze(0), c_0.unsqueeze(0)), params, None, None)
     return h_1.squeeze(0), c_1.squeeze(0)
+
+
+def _choose_layer(input, states, params, projects, backend):
+    chosen = _backend.choose(
+        "lstm",
+        _layers.device_type(input),
+        input.dtype,
+        projects=projects,
+        transformed=_layers.transformed((input,), states, params),
+        wish=_backend.current_wish() if backend is None else backend,
+        missing=_backend.WHY_NO_KERNELS,
+    )
+    return _eager_layer if chosen == "eager" else _operator_layer
 
 
 _eager_layer = partial(_layers.eager_layer, lstm_layer)
@@ -131,7 +139,7 @@ class LSTMFunction(torch.autograd.Function):
     def forward(ctx, x, h0, c0, lengths, batch_sizes, *params):
         y, h_n, c_n, reserve = _forward(x, h0, c0, params, lengths, batch_sizes, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, lengths, batch_sizes, y, reserve, *params)
+        ctx.save_for_backward(x, h0, c0, lengths, batch_sizes, _layers.save_output(ctx, y), reserve, *params)
         return y, h_n, c_n
 
     @staticmethod
@@ -148,6 +156,8 @@ class LSTMFunction(torch.autograd.Function):
                 (dy, dh_n, dc_n),
             )
             return tuple(grads)
+        if _layers.output_changed(ctx):
+            y = _forward(x, h0, c0, params, lengths, batch_sizes, False)[0]
         dx, dh0, dc0, dparams = _backward(
             dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, y, reserve, needed[0], any(needed[5:])
         )

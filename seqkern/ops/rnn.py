@@ -52,8 +52,6 @@ def rnn(
     Source:
         https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     D = 2 if bidirectional else 1
     if hx is None:
         (hx,) = _layers.zero_states(input, num_layers * D, batch_sizes, params[0].shape[0])
@@ -76,17 +74,9 @@ def rnn(
 
     states = (hx,)
     lengths = _layers.check("rnn", 1, input, states, params, num_layers, D, lengths, batch_sizes)
-    chosen = _backend.choose(
-        "rnn",
-        _layers.device_type(input),
-        input.dtype,
-        transformed=_layers.transformed((input,), states, params),
-        wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_KERNELS,
-    )
-    layers = _EAGER_LAYER if chosen == "eager" else _OPERATOR_LAYER
+    layer = _choose_layer(input, states, params, nonlinearity, backend)
     output, h_n = _layers.run_layers(
-        layers[nonlinearity], input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
+        layer, input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
     )
     return output, h_n
 
@@ -105,9 +95,34 @@ def rnn_cell(
               for `rnn`
     Returns:  h_1: [B, H]
     """
-    hx = None if hx is None else hx.unsqueeze(0)
-    _, h_1 = rnn(input.unsqueeze(0), hx, params, nonlinearity=nonlinearity, backend=backend)
+    if hx is None:
+        hx = input.new_zeros((input.shape[0], params[1].shape[-1]))
+    if _layers.autocast_active(input):
+        dtype, _ = _layers.autocast_dtypes(input, (hx,), params, lower=True)
+        with torch.autocast(input.device.type, enabled=False):
+            weights = [p.to(dtype) for p in params]
+            return rnn_cell(
+                input.to(dtype), hx.to(dtype), weights, nonlinearity=nonlinearity, backend=backend
+            )
+    states = (hx,)
+    _layers.check("rnn", 1, input, states, params, 1, 1, None, None, cell=True)
+    layer = _choose_layer(input, states, params, nonlinearity, backend)
+    _, h_1 = layer(input.unsqueeze(0), (hx.unsqueeze(0),), params, None, None)
     return h_1.squeeze(0)
+
+
+def _choose_layer(input, states, params, nonlinearity, backend):
+    if nonlinearity not in _EAGER_LAYER:
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    chosen = _backend.choose(
+        "rnn",
+        _layers.device_type(input),
+        input.dtype,
+        transformed=_layers.transformed((input,), states, params),
+        wish=_backend.current_wish() if backend is None else backend,
+        missing=_backend.WHY_NO_KERNELS,
+    )
+    return (_EAGER_LAYER if chosen == "eager" else _OPERATOR_LAYER)[nonlinearity]
 
 
 def _operator_layer(relu, x, states, params, lengths, batch_sizes):
@@ -132,7 +147,7 @@ class RNNFunction(torch.autograd.Function):
         y, h_n, reserve = _forward(x, h0, params, lengths, batch_sizes, relu, True)
         ctx.relu = relu
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, lengths, batch_sizes, y, reserve, *params)
+        ctx.save_for_backward(x, h0, lengths, batch_sizes, _layers.save_output(ctx, y), reserve, *params)
         return y, h_n
 
     @staticmethod
@@ -148,6 +163,8 @@ class RNNFunction(torch.autograd.Function):
                 (dy, dh_n),
             )
             return (None, *grads)
+        if _layers.output_changed(ctx):
+            y = _forward(x, h0, params, lengths, batch_sizes, ctx.relu, False)[0]
         dx, dh0, dparams = _backward(
             dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, ctx.relu, needed[0], any(needed[4:])
         )
