@@ -15,7 +15,7 @@ import dataclasses
 
 import torch
 
-FLOOR_ULPS = 4  # the rule of tests/compare.py
+FLOOR_ULPS = 4  # as in tests/compare.py, which asks torch.nn again where this says no
 REFEREE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
