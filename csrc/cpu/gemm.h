@@ -93,9 +93,12 @@ SEQKERN_INLINE VecF multiply_add(VecF acc, const bf16* a, __m512bh w) {
 }
 #endif
 
+// Longest sum that is kept in registers. Each round of so many k is rounded on its own and then
+// added up in memory: the error grows with the root of the longest chain of additions.
+constexpr int64_t kRoundK = 256;
+
 // out[r][v] = init[r][v] + sum_k a(r, k) * panel(k, v); init null: 0. out may be init.
-// ld_*: elements from one row to the next. init is added last: where a long sum is made in rounds
-// over K, each round's sum is rounded on its own, which keeps the error down.
+// ld_*: elements from one row to the next.
 template <class A, int R, int NV, class Rows>
 __attribute__((noinline)) void tile_kernel(Compute<A>* out, int64_t ld_out, const Compute<A>* init,
                                            int64_t ld_init, Rows rows, const A* panel, int64_t K) {
@@ -106,57 +109,63 @@ __attribute__((noinline)) void tile_kernel(Compute<A>* out, int64_t ld_out, cons
   constexpr int kSums = R * NV >= 8 ? 1 : R * NV >= 4 ? 2 : 4;
   constexpr int64_t kStep = NV * L * kPair<A>;  // elements of the panel per k (per pair)
   const auto a = rows.template bind<R>();
-  V acc[kSums][R][NV];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSums; s++)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[s][r][v] = V{};
-
   const int64_t whole = K / kPair<A>;
   int64_t k = 0;
-  for (; k + kSums <= whole; k += kSums)
+  do {
+    V acc[kSums][R][NV];
 #pragma GCC unroll 4
-    for (int s = 0; s < kSums; s++) {
-      decltype(load_weights(panel)) w[NV];
+    for (int s = 0; s < kSums; s++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) w[v] = load_weights(panel + (k + s) * kStep + v * L * kPair<A>);
+        for (int v = 0; v < NV; v++) acc[s][r][v] = V{};
+
+    const int64_t end = whole - k < kRoundK ? whole : k + kRoundK;
+    for (; k + kSums <= end; k += kSums)
+#pragma GCC unroll 4
+      for (int s = 0; s < kSums; s++) {
+        decltype(load_weights(panel)) w[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++)
+          w[v] = load_weights(panel + (k + s) * kStep + v * L * kPair<A>);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; v++)
+            acc[s][r][v] = multiply_add(acc[s][r][v], a.at(r, (k + s) * kPair<A>), w[v]);
+      }
+    for (; k < end; k++)
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; v++)
-          acc[s][r][v] = multiply_add(acc[s][r][v], a.at(r, (k + s) * kPair<A>), w[v]);
+          acc[0][r][v] = multiply_add(acc[0][r][v], a.at(r, k * kPair<A>),
+                                      load_weights(panel + k * kStep + v * L * kPair<A>));
+    if constexpr (kPair<A> == 2) {
+      if (k == whole &&
+          K & 1) {  // the last pair is half a pair: what follows in a's memory is not ours
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const A last[2] = {*a.at(r, K - 1), A{}};
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; v++)
+            acc[0][r][v] = multiply_add(acc[0][r][v], last,
+                                        load_weights(panel + whole * kStep + v * L * kPair<A>));
+        }
+      }
     }
-  for (; k < whole; k++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++)
-        acc[0][r][v] = multiply_add(acc[0][r][v], a.at(r, k * kPair<A>),
-                                    load_weights(panel + k * kStep + v * L * kPair<A>));
-  if constexpr (kPair<A> == 2) {
-    if (K & 1) {  // the last pair is half a pair: what follows in a's memory is not ours
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const A last[2] = {*a.at(r, K - 1), A{}};
+      for (int v = 0; v < NV; v++) {
+        V sum = acc[0][r][v];
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++)
-          acc[0][r][v] = multiply_add(acc[0][r][v], last,
-                                      load_weights(panel + whole * kStep + v * L * kPair<A>));
+        for (int s = 1; s < kSums; s++) sum += acc[s][r][v];
+        if (init) sum += load(init + r * ld_init + v * L);
+        store(out + r * ld_out + v * L, sum);
       }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      V sum = acc[0][r][v];
-#pragma GCC unroll 4
-      for (int s = 1; s < kSums; s++) sum += acc[s][r][v];
-      if (init) sum += load(init + r * ld_init + v * L);
-      store(out + r * ld_out + v * L, sum);
-    }
+    init = out, ld_init = ld_out;
+  } while (k < whole);
 }
 
 template <class A, int NV, class Rows>

@@ -121,21 +121,19 @@ double fma_peak(int threads, double seconds) {
 
 // The rate at which each thread reads its own share of `bytes`, again and again.
 double read_bandwidth(int threads, int64_t bytes, double seconds) {
-  double rate = 0;
+  double rate = 0;  // vectors: of one thread, in rounds of 8
   const int64_t vectors = bytes / threads / kVecBytes / 8 * 8;
   char* memory = (char*)__builtin_malloc(size_t(vectors) * size_t(threads) * kVecBytes + 64);
   if (!memory || vectors == 0) return 0;
   parallel(threads, [&](int thread, int) {
-    const float* data = (const float*)(memory + (64 - (uintptr_t)memory % 64)) - 16 +
-                        thread * vectors * kLanes<float>;
-    data = (const float*)(((uintptr_t)data + 63) / 64 * 64);
-    memset((void*)data, 0, size_t(vectors - 8) * kVecBytes);
+    float* data = (float*)(((uintptr_t)memory + 63) / 64 * 64) + thread * vectors * kLanes<float>;
+    memset(data, 0, size_t(vectors) * kVecBytes);
     int64_t passes = 0;
     const double start = now();
     double elapsed;
     do {
       VecF sums[8] = {};
-      for (int64_t v = 0; v + 8 <= vectors - 8; v += 8) {
+      for (int64_t v = 0; v < vectors; v += 8) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) sums[i] += load(data + (v + i) * kLanes<float>);
       }
@@ -144,7 +142,7 @@ double read_bandwidth(int threads, int64_t bytes, double seconds) {
       passes++;
       elapsed = now() - start;
     } while (elapsed < seconds);
-    const double mine = double(passes) * double(vectors - 8) * kVecBytes / elapsed * 1e-9;
+    const double mine = double(passes) * double(vectors) * kVecBytes / elapsed * 1e-9;
 #pragma omp atomic
     rate += mine;
   });

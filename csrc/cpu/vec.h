@@ -236,9 +236,9 @@ struct Math<float> {
     const V near_zero = p * z * x + x;
     const V e = exp_minus_abs(x + x);
     const V magnitude = 1.0f - 2.0f * e / (1.0f + e);
-    const V signed_magnitude = (V)((VecU)magnitude | ((VecU)x & 0x80000000u));
     const V absolute = (V)((VecU)x & 0x7fffffffu);
-    return absolute < 0.625f ? near_zero : signed_magnitude;
+    const V result = absolute < 0.625f ? near_zero : magnitude;
+    return (V)((VecU)result | ((VecU)x & 0x80000000u));  // near_zero has x's sign but for -0
   }
 };
 
