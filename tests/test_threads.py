@@ -98,6 +98,71 @@ def test_every_instruction_set_in_cells(case: Case, instruction_set: str) -> Non
     check_parity(cell, our_cell(cell), *cell_inputs(case), f"{case} cell on {instruction_set}")
 
 
+def sweep() -> Tensor:
+    """Every float32 exponent, subnormal ones too, both signs and zeros; dense where tanh and sigmoid bend."""
+    exponents = torch.arange(-149, 128, dtype=torch.float64)
+    mantissas = 1 + torch.arange(8, dtype=torch.float64) / 8
+    everywhere = (torch.exp2(exponents)[:, None] * mantissas).flatten()
+    bends = torch.cat(
+        [torch.linspace(0, 2, 8191), torch.linspace(2, 20, 4095), torch.linspace(80, 105, 2047)]
+    )
+    positive = torch.cat([torch.zeros(1), everywhere.float(), bends])
+    return torch.cat([positive, -positive])
+
+
+def ulps_off(got: Tensor, exact: Tensor) -> Tensor:
+    """|got - exact| in units of the spacing of float32 at `exact` (subnormal spacing below 2^-126)."""
+    exponent = torch.frexp(exact).exponent - 1
+    spacing = torch.exp2(exponent.clamp_min(-126).double() - 23)
+    return (got.double() - exact).abs() / spacing
+
+
+@each_set
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid], ids=["tanh", "sigmoid"])
+def test_activations_within_two_ulp(function, instruction_set: str) -> None:
+    """Read off layers with weights 0 and 1: h = tanh(x) of an RNN, c = sigmoid(x) tanh(40) of an LSTM."""
+    x = sweep()
+    with torch.no_grad():
+        if function is torch.tanh:
+            layer = seqkern.RNN(1, 1, bias=False)
+            layer.weight_ih_l0.fill_(1)
+            got = layer(x.view(1, -1, 1))[1].flatten()
+        else:
+            layer = seqkern.LSTM(1, 1)
+            for weight in layer.parameters():
+                weight.zero_()
+            layer.weight_ih_l0[0] = 1
+            layer.bias_ih_l0[2] = 40
+            got = layer(x.view(1, -1, 1))[1][1].flatten()
+    off = ulps_off(got, function(x.double()))
+    worst = int(off.nan_to_num(nan=float("inf")).argmax())
+    assert off[worst] <= 2, (
+        f"{function.__name__}({x[worst]:.9g}) = {got[worst]:.9g}, {off[worst]:.2f} ulp off"
+    )
+
+
+@each_set
+def test_activations_at_infinity(instruction_set: str) -> None:
+    x = torch.tensor([float("inf"), -float("inf"), float("nan")]).view(1, 3, 1)
+    with torch.no_grad():
+        for kind in KINDS:
+            layer, reference = our_layer(torch_of_ones(kind)), torch_of_ones(kind).double()
+            got, expected = layer(x)[0], reference(x.double())[0]
+            assert torch.equal(got.isnan(), expected.isnan()), (
+                f"{kind}: {got.flatten()}, {expected.flatten()}"
+            )
+            torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def torch_of_ones(kind: str):
+    """One unit whose every gate sees x itself."""
+    layer = Case(kind, I=1, H=1, bias=False).torch_layer()
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(1)
+        layer.weight_hh_l0.zero_()
+    return layer
+
+
 def test_instruction_set_names(cpu_backend: str) -> None:
     names = instruction_sets()
     assert _extension._C.instruction_set() in names
