@@ -1,8 +1,8 @@
 """What the modules share: reading their weights, and torch.nn's checks of dimensions.
 
 The modules are subclasses of torch.nn's own, bound when seqkern is imported, so that parameters, state_dict,
-repr, initialisation,
-pickling and every tool that asks `isinstance` hold by construction. Only `forward` is new.
+repr, initialisation, pickling and every tool that asks `isinstance` hold by construction. Only `forward` is
+new.
 """
 
 import torch

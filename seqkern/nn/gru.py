@@ -30,11 +30,9 @@ class GRU(torch.nn.GRU):
             input: [T, B, I], with batch_first [B, T, I], unbatched [T, I], or a PackedSequence
             hx: h_0 [L*D, B, H], unbatched [L*D, H]; None for zeros
             lengths: [B] integers in 0..T on input's device, for a padded batch whose row b has lengths[b]
-                steps: outputs beyond
-                are zero, the reverse direction starts at the last valid step, h_n is the state after it (h_0
-                where the length is
-                0). No sorting, no packing. Not with a PackedSequence, nor with unbatched input (slice that
-                instead)
+                steps: outputs beyond are zero, the reverse direction starts at the last valid step, h_n is
+                the state after it (h_0 where the length is 0). No sorting, no packing. Not with a
+                PackedSequence, nor with unbatched input (slice that instead)
         Returns:
             output: [T, B, D*H], [B, T, D*H], [T, D*H] or a PackedSequence, as input;  h_n: as hx
         Raises:

@@ -31,11 +31,9 @@ class LSTM(torch.nn.LSTM):
             hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), unbatched [L*D, P] and [L*D, H]; None for zeros. P =
                 proj_size or H
             lengths: [B] integers in 0..T on input's device, for a padded batch whose row b has lengths[b]
-                steps: outputs beyond
-                are zero, the reverse direction starts at the last valid step, h_n and c_n are those after it
-                (h_0, c_0 where the
-                length is 0). No sorting, no packing. Not with a PackedSequence, nor with unbatched input
-                (slice that instead)
+                steps: outputs beyond are zero, the reverse direction starts at the last valid step, h_n and
+                c_n are those after it (h_0, c_0 where the length is 0). No sorting, no packing. Not with a
+                PackedSequence, nor with unbatched input (slice that instead)
         Returns:
             output: [T, B, D*P], [B, T, D*P], [T, D*P] or a PackedSequence, as input;  (h_n, c_n): as hx
         Raises:

@@ -212,9 +212,10 @@ def wants_grad(*groups: Sequence[Tensor]) -> bool:
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The arguments for an autograd Function: as they are, except that under Dynamo, which cannot pass one
-    tensor
-    twice (h_0 for c_0, tied weights), every further occurrence becomes a view."""
+    """The arguments for an autograd Function.
+
+    Dynamo cannot pass one tensor twice (h_0 for c_0, tied weights): there further occurrences become views.
+    """
     if not torch.compiler.is_compiling():
         return tensors
     seen: list[Tensor] = []
@@ -243,9 +244,8 @@ def autocast_dtypes(
     """(dtype to compute in, dtype of output and h_n) as torch.nn's layer gives them under torch.autocast.
 
     On a CPU some of torch's layers run wholly in autocast's dtype (`lower`: RNN, RNNCell, and LSTM where
-    oneDNN takes it); in the
-    others autocast lowers only the products, and the states' dtype comes through the gates. float64 is never
-    cast.
+    oneDNN takes it); in the others autocast lowers only the products, and the states' dtype comes through the
+    gates. float64 is never cast.
 
     Raises:   RuntimeError: float64 beside another dtype
     """
@@ -271,16 +271,10 @@ def zero_states(input: Tensor, rows: int, batch_sizes: Tensor | None, *sizes: in
         B = int(batch_sizes[0]) if batch_sizes.numel() else 0
     else:
         B = input.shape[1] if input.dim() == 3 else 0
-    first = torch.zeros((rows, B, sizes[0]), dtype=input.dtype, device=input.device)
-    return (
-        first,
-        *(
-            first
-            if size == sizes[0]
-            else torch.zeros((rows, B, size), dtype=input.dtype, device=input.device)
-            for size in sizes[1:]
-        ),
-    )
+    by_size = {
+        size: torch.zeros((rows, B, size), dtype=input.dtype, device=input.device) for size in set(sizes)
+    }
+    return tuple(by_size[size] for size in sizes)
 
 
 # ---- the loop over layers ----------------------------------------------------------------------------------
@@ -384,10 +378,8 @@ def save_output(ctx: torch.autograd.function.FunctionCtx, y: Tensor) -> Tensor:
     """The alias of a Function's output y to save for backward.
 
     torch.nn's layers let a program change their output in place (`y *= mask`, ReLU(inplace=True)): few of
-    them read
-    it in backward. The kernels do, and saving y itself would make that an error. So the alias has a version
-    counter
-    of its own, and an empty tensor that shares y's counter tells `output_changed`.
+    them read it in backward. The kernels do, and saving y itself would make that an error. So the alias has a
+    version counter of its own, and an empty tensor that shares y's counter tells `output_changed`.
     """
     if torch.compiler.is_compiling():  # a graph's values do not change
         ctx.output_counter = None

@@ -26,18 +26,18 @@ def gru(
     training: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a GRU over a batch of sequences.  n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn)),  h_t =
-    (1 - z_t) n_t + z_t h_{t-1}
+    """Run a GRU over a batch of sequences.
+
+    n_t = tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn)),  h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
     Args:
         input: [T, B, I], time first, any strides; with batch_sizes the data [N, I] of a PackedSequence
         hx: h_0 [L*D, B, H]; None for zeros
         params: per layer and direction w_ih [3H, I or D*H], w_hh [3H, H] and, with biases, b_ih [3H], b_hh
-            [3H]: torch.nn's order;
-            gates in the order r, z, n
+            [3H]: torch.nn's order; gates in the order r, z, n
         lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
-            the reverse direction
-            starts at the last valid step, and h_n is the state after it (h_0 where the length is 0)
+            the reverse direction starts at the last valid step, and h_n is the state after it (h_0 where the
+            length is 0)
         batch_sizes: [T] int64 on the CPU, non-increasing, as in a PackedSequence; not with lengths
         dropout: probability with which, in training, outputs of all layers but the last are dropped
         backend: "eager" or "cpu"; None: the fastest that is correct. See seqkern.use_backend

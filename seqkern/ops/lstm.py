@@ -26,7 +26,9 @@ def lstm(
     training: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Run an LSTM over a batch of sequences.  c_t = f_t * c_{t-1} + i_t * g_t,  h_t = o_t * tanh(c_t)
+    """Run an LSTM over a batch of sequences.
+
+    c_t = f_t * c_{t-1} + i_t * g_t,  h_t = o_t * tanh(c_t)
 
     Args:
         input: [T, B, I], time first, any strides; with batch_sizes the data [N, I] of a PackedSequence
@@ -35,8 +37,8 @@ def lstm(
             with a projection
             w_hr [P, H]: torch.nn's order; gates in the order i, f, g, o
         lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
-            the reverse direction
-            starts at the last valid step, and h_n, c_n are those after it (h_0, c_0 where the length is 0)
+            the reverse direction starts at the last valid step, and h_n, c_n are those after it (h_0, c_0
+            where the length is 0)
         batch_sizes: [T] int64 on the CPU, non-increasing, as in a PackedSequence; not with lengths
         dropout: probability with which, in training, outputs of all layers but the last are dropped
         backend: "eager" or "cpu"; None: the fastest that is correct. See seqkern.use_backend

@@ -27,8 +27,9 @@ def rnn(
     training: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run an Elman RNN over a batch of sequences.  h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu
-    in tanh's place
+    """Run an Elman RNN over a batch of sequences.
+
+    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu in tanh's place
 
     Args:
         input: [T, B, I], time first, any strides; with batch_sizes the data [N, I] of a PackedSequence
@@ -36,8 +37,8 @@ def rnn(
         params: per layer and direction w_ih [H, I or D*H], w_hh [H, H] and, with biases, b_ih [H], b_hh [H]:
             torch.nn's order
         lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
-            the reverse direction
-            starts at the last valid step, and h_n is the state after it (h_0 where the length is 0)
+            the reverse direction starts at the last valid step, and h_n is the state after it (h_0 where the
+            length is 0)
         batch_sizes: [T] int64 on the CPU, non-increasing, as in a PackedSequence; not with lengths
         nonlinearity: "tanh" or "relu"
         dropout: probability with which, in training, outputs of all layers but the last are dropped

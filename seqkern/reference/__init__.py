@@ -1,8 +1,7 @@
 """The eager oracle: each layer's formula, literally, in PyTorch, one time step after the other.
 
 Every dtype, differentiable any number of times, right under torch.func; slow. The kernels are checked against
-these functions in
-float64, and double backward differentiates them.
+these functions in float64, and double backward differentiates them.
 """
 
 from seqkern.reference.gru import gru_layer

@@ -30,8 +30,7 @@ def gru_layer(
             step
     Source:
         Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014, with the reset gate
-        applied after the
-        product, as in https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+        applied after the product, as in https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """
     valid = None if lengths is None else valid_steps(lengths, x.shape[0])
     x = zero_padding(x, valid)

@@ -24,16 +24,14 @@ def lstm_layer(
         h0: [D, B, P], D = 1 or 2 directions, P = H without a projection
         c0: [D, B, H]
         params: per direction w_ih [4H, I], w_hh [4H, P], with biases b_ih [4H], b_hh [4H], with a projection
-            w_hr [P, H];
-            gates in the order i, f, g, o
+            w_hr [P, H]; gates in the order i, f, g, o
         lengths: [B] integers in 0..T; None: every row has T steps
     Returns:
         y: [T, B, D*P], zero beyond a row's length;  h_n: [D, B, P];  c_n: [D, B, H], after each row's last
             valid step
     Source:
         Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; projection: Sak et al.,
-        https://arxiv.org/abs/1402.1128;
-        https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+        https://arxiv.org/abs/1402.1128; https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
     valid = None if lengths is None else valid_steps(lengths, x.shape[0])
     x = zero_padding(x, valid)
