@@ -54,11 +54,11 @@ def test_activation_of_special_values(instruction_set, name, low):
         assert math.copysign(1, got[4]) == -1, "tanh(-0.0) is -0.0"
 
 
-def lstm_arguments(T=5, B=3, I=4, H=6, D=1):
-    shapes = [(4 * H, I), (4 * H, H), (4 * H,), (4 * H,)] * D
+def lstm_arguments(T=5, B=3, input_size=4, H=6, D=1):
+    shapes = [(4 * H, input_size), (4 * H, H), (4 * H,), (4 * H,)] * D
     params = [torch.randn(shape) / H**0.5 for shape in shapes]  # as wide as torch.nn initialises, about
     return {
-        "x": torch.randn(T, B, I),
+        "x": torch.randn(T, B, input_size),
         "h0": torch.randn(D, B, H),
         "c0": torch.randn(D, B, H),
         "params": params,
@@ -110,7 +110,7 @@ def test_backward_refuses_a_reserve_of_another_call():
 @pytest.mark.parametrize(("T", "B", "D"), [(9, 1, 1), (9, 17, 1), (9, 17, 2), (600, 4, 1)])
 def test_threads_agree_and_repeat_bit_for_bit(instruction_set, T, B, D):
     """One number of threads: the same bits. Another number: other tiles, so other roundings, nothing more."""
-    arguments = lstm_arguments(T, B, I=33, H=140, D=D)
+    arguments = lstm_arguments(T, B, input_size=33, H=140, D=D)
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)

@@ -66,18 +66,25 @@ SEQKERN_INLINE void accumulate(V (&acc)[N], int first, const Dots<S>& dots) {
   for (int i = 0; i < NW; i++) w[i] = dots.w[i];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) a[r] = dots.a[r];
-  for (int64_t k = 0; k < dots.K; k += L) {
-    const int64_t n = dots.K - k;
+  int64_t k = 0;
+  for (; k + L <= dots.K; k += L) {
     V row[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) row[r] = load_first(a[r] + k, n);
+    for (int r = 0; r < R; r++) row[r] = load(a[r] + k);
 #pragma GCC unroll 4
     for (int i = 0; i < NW; i++) {
-      const V weight = load_first(w[i] + k, n);
+      const V weight = load(w[i] + k);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) acc[(first + i) * R + r] += weight * row[r];
     }
   }
+  if (k == dots.K) return;
+#pragma GCC unroll 4
+  for (int i = 0; i < NW; i++)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+      acc[(first + i) * R + r] +=
+          load_first(w[i] + k, dots.K - k) * load_first(a[r] + k, dots.K - k);
 }
 
 // out[i * ld_i + r * ld_r] += x.w[i] . x.a[r] for i < NW, and += h.w[i - (Slots - NW)] . h.a[r] for
