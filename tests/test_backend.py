@@ -68,12 +68,6 @@ def test_choice(op, device, dtype, keywords, expected):
     assert choose(op, device, dtype, **keywords) == expected
 
 
-def test_projection_is_served_where_the_kernel_has_it():
-    assert choose("lstm", "cpu", torch.float32, projects=True) == (
-        "cpu" if _backend.CPU_PROJECTS else "eager"
-    )
-
-
 @pytest.mark.parametrize(
     ("device", "dtype", "keywords", "reason"),
     [

@@ -26,10 +26,15 @@ struct Backward : Layer<S, CellOf> {
   static constexpr int kPanel = kMaxNV * L;  // outputs of a full panel
   static constexpr int kTile = max_rows(kMaxNV);
   static constexpr int64_t kBlockSum = 64;
+  static constexpr int64_t kLine = 64 / int64_t(sizeof(A));
+  static constexpr int64_t kStretch =
+      1024 / int64_t(sizeof(A)) * 2;  // even: pairs of k stay together
   static_assert(kTile <= 6, "pack_tile_of_columns");
 
   const BackwardParams& q;
-  const int64_t ld;  // elements of a row of dpre, one direction: kSlots * H
+  const int64_t width;  // gradients in a row of dpre, one direction: kSlots * H
+  const int64_t ld;  // from one direction to the next: an odd number of cache lines, so that rows
+                     // differ in their sets
   const int64_t rows;
   const int64_t round;  // rows per round of a weight gradient: short sums are rounded less, long
                         // rounds are faster
@@ -46,7 +51,7 @@ struct Backward : Layer<S, CellOf> {
     A* a;             // [round_up(M part, kTile)][kBlockK]: packed dpre
     A* b;             // [kBlockK][kPanel]: packed rows of x or h
     C* out;           // [kTile][kPanel]
-    C* db;            // [ld]
+    C* db;            // [width]
   };
   struct Memory {
     A *w_ih[2], *w_hh[2], *w_hr[2];     // packed, [outputs I, P, H][k: dpre, dpre, dh]
@@ -64,7 +69,8 @@ struct Backward : Layer<S, CellOf> {
   explicit Backward(const BackwardParams& params)
       : Base(params),
         q(params),
-        ld(kSlots * H),
+        width(kSlots * H),
+        ld((ceil_div(width, kLine) | 1) * kLine),
         rows(seq.rows),
         round(rows <= 1024 ? 64 : kBlockK) {}
 
@@ -120,7 +126,7 @@ struct Backward : Layer<S, CellOf> {
       thread.a = scratch.take<A>(round_up(G * H > P ? G * H : P, kTile) * kBlockK);
       thread.b = scratch.take<A>(kBlockK * kPanel);
       thread.out = scratch.take<C>(kTile * kPanel);
-      thread.db = scratch.take<C>(round_up(ld, L));
+      thread.db = scratch.take<C>(round_up(width, L));
     }
     return thread;
   }
@@ -277,20 +283,25 @@ struct Backward : Layer<S, CellOf> {
   }
 
   // out[i][n] (+)= sum_k row[i][k] w(k, n), panels begin..end of w, or the other way round: what
-  // was used last is still in cache.
+  // was used last is still in cache. In stretches of k, so that a panel's stretch stays in L2 for
+  // all the rows. Moves row on by K.
   void multiply(const A* packed, int64_t K, int64_t N, int64_t begin, int64_t end, bool backwards,
-                const A* const* row, int64_t n, C* out, int64_t ld_out, bool accumulate) const {
-    for (int64_t k = begin; k < end; k++) {
-      const int64_t panel = backwards ? end - 1 - (k - begin) : k;
-      const int nv = Base::nv_of(N, panel);
-      const int most = max_rows(nv);
-      const A* w = packed + panel * panel_size<A>(K, kMaxNV);
-      for (int64_t i = 0; i < ceil_div(n, most); i++) {
-        const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
-        C* o = out + r0 * ld_out + panel * kPanel;
-        tile(int(r1 - r0), nv, o, ld_out, accumulate ? o : nullptr, ld_out,
-             PointerRows<A>{row + r0}, w, K);
+                const A** row, int64_t n, C* out, int64_t ld_out, bool accumulate) const {
+    for (int64_t k0 = 0; k0 < K; k0 += kStretch) {
+      const int64_t stretch = K - k0 < kStretch ? K - k0 : kStretch;
+      for (int64_t k = begin; k < end; k++) {
+        const int64_t panel = backwards ? end - 1 - (k - begin) : k;
+        const int nv = Base::nv_of(N, panel);
+        const int most = max_rows(nv);
+        const A* w = packed + panel * panel_size<A>(K, kMaxNV) + k0 * nv * L;
+        for (int64_t i = 0; i < ceil_div(n, most); i++) {
+          const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
+          C* o = out + r0 * ld_out + panel * kPanel;
+          tile(int(r1 - r0), nv, o, ld_out, accumulate || k0 > 0 ? o : nullptr, ld_out,
+               PointerRows<A>{row + r0}, w, stretch);
+        }
       }
+      for (int64_t i = 0; i < n; i++) row[i] += stretch;
     }
   }
 
@@ -444,17 +455,17 @@ struct Backward : Layer<S, CellOf> {
   // db_ih and db_hh: sums of dpre's columns.
   void make_db(const Thread& mine, const A* dpre, const WeightGradients& dw, int thread,
                int threads) const {
-    const int64_t vectors = ceil_div(ld, L);
+    const int64_t vectors = ceil_div(width, L);
     const int64_t c0 = part_begin(vectors, thread, threads) * L;
     int64_t c1 = part_begin(vectors, thread + 1, threads) * L;
-    if (c1 > ld) c1 = ld;
+    if (c1 > width) c1 = width;
     if (c0 >= c1) return;
     for (int64_t c = c0; c < c1; c += L) {
       V sum{};
       for (int64_t row = 0; row < rows; row += kBlockSum) {  // a long sum in rounds: less rounding
         const int64_t end = row + kBlockSum < rows ? row + kBlockSum : rows;
         V partial{};
-        for (int64_t r = row; r < end; r++) partial += load_first(dpre + r * D * ld + c, ld - c);
+        for (int64_t r = row; r < end; r++) partial += load_first(dpre + r * D * ld + c, width - c);
         sum += partial;
       }
       store(mine.db + c, sum);

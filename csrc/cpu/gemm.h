@@ -95,7 +95,7 @@ SEQKERN_INLINE VecF multiply_add(VecF acc, const bf16* a, __m512bh w) {
 
 // Longest sum that is kept in registers. Each round of so many k is rounded on its own and then
 // added up in memory: the error grows with the root of the longest chain of additions.
-constexpr int64_t kRoundK = 256;
+constexpr int64_t kRoundK = 128;
 
 // out[r][v] = init[r][v] + sum_k a(r, k) * panel(k, v); init null: 0. out may be init.
 // ld_*: elements from one row to the next.

@@ -16,7 +16,6 @@ BACKENDS = ("eager", "cpu")
 
 CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 CPU_OPS = frozenset({"rnn", "lstm", "gru"})
-CPU_PROJECTS = True  # the lstm kernel takes w_hr (proj_size)
 
 
 def _why_no_kernels() -> str | None:
@@ -101,7 +100,6 @@ def refusal(
     device: str,
     dtype: torch.dtype,
     *,
-    projects: bool = False,
     transformed: bool = False,
     missing: str | None = None,
 ) -> str | None:
@@ -116,8 +114,6 @@ def refusal(
         return f"cpu needs tensors on a CPU, got {device}"
     if dtype not in CPU_DTYPES:
         return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
-    if projects and not CPU_PROJECTS:
-        return "cpu has no lstm kernel with proj_size"
     if transformed:
         return "cpu has no rule for torch.func transforms and forward-mode differentiation"
     return None
@@ -128,7 +124,6 @@ def choose(
     device: str,
     dtype: torch.dtype,
     *,
-    projects: bool = False,
     transformed: bool = False,
     wish: str | None = None,
     missing: str | None = None,
@@ -139,7 +134,6 @@ def choose(
         op: "rnn", "lstm", "gru"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
-        projects: an LSTM with proj_size > 0
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent
         wish: the backend the caller named, None for a free choice
         missing: why the compiled kernels are not there, None if they are
@@ -148,12 +142,10 @@ def choose(
         RuntimeError: the backend wished for cannot serve the request, with the reason
     """
     if wish is None:
-        why_not = refusal(
-            "cpu", op, device, dtype, projects=projects, transformed=transformed, missing=missing
-        )
+        why_not = refusal("cpu", op, device, dtype, transformed=transformed, missing=missing)
         return "cpu" if why_not is None else "eager"
     _known(wish)
-    why_not = refusal(wish, op, device, dtype, projects=projects, transformed=transformed, missing=missing)
+    why_not = refusal(wish, op, device, dtype, transformed=transformed, missing=missing)
     if why_not is not None:
         raise RuntimeError(f"backend {wish!r} was asked for: {why_not}")
     return wish

@@ -56,7 +56,7 @@ def _direction(
         r = torch.sigmoid(ir + hr)
         z = torch.sigmoid(iz + hz)
         n = torch.tanh(i_n + r * hn)
-        h_new = (1 - z) * n + z * h
+        h_new = n + z * (h - n)  # (1 - z) n + z h: one rounding less, and dz = dh (h - n) does not cancel
         h = h_new if valid is None else torch.where(valid[t], h_new, h)
         outputs[t] = h if valid is None else torch.where(valid[t], h, 0)
     return torch.stack(outputs), h
