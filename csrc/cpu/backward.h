@@ -24,17 +24,14 @@ struct Backward : Layer<S, CellOf> {
   using typename Base::V;
 
   static constexpr int kPanel = kMaxNV * L;  // outputs of a full panel
-  static constexpr int kTile = max_rows(kMaxNV);
+  static constexpr int kTile = kColumnTile<A>;
   static constexpr int64_t kBlockSum = 64;
-  static constexpr int64_t kLine = 64 / int64_t(sizeof(A));
   static constexpr int64_t kStretch =
-      1024 / int64_t(sizeof(A)) * 2;  // even: pairs of k stay together
-  static_assert(kTile <= 6, "pack_tile_of_columns");
+      2048 / int64_t(sizeof(A));  // a multiple of every kDeep: what belongs together stays so
 
   const BackwardParams& q;
   const int64_t width;  // gradients in a row of dpre, one direction: kSlots * H
-  const int64_t ld;  // from one direction to the next: an odd number of cache lines, so that rows
-                     // differ in their sets
+  const int64_t ld;     // elements from one direction to the next
   const int64_t rows;
   const int64_t round;  // rows per round of a weight gradient: short sums are rounded less, long
                         // rounds are faster
@@ -46,7 +43,9 @@ struct Backward : Layer<S, CellOf> {
     Barrier* barrier;
   };
   struct Thread {
-    const A** a_row;  // [max(slice rows, kChunkRows)]
+    Rows<A> dpre;     // [slice rows] of G * H
+    Rows<A> dh;       // [slice rows] of P, if projected
+    Rows<A> dx_dpre;  // [kChunkRows] of kBlockK
     C* dx;            // [kChunkRows][round_up(I, kPanel)]
     A* a;             // [round_up(M part, kTile)][kBlockK]: packed dpre
     A* b;             // [kBlockK][kPanel]: packed rows of x or h
@@ -70,7 +69,7 @@ struct Backward : Layer<S, CellOf> {
       : Base(params),
         q(params),
         width(kSlots * H),
-        ld((ceil_div(width, kLine) | 1) * kLine),
+        ld(odd_lines<A>(width)),
         rows(seq.rows),
         round(rows <= 1024 ? 64 : kBlockK) {}
 
@@ -119,11 +118,13 @@ struct Backward : Layer<S, CellOf> {
 
   Thread carve_thread(Scratch& scratch, const Plan& plan) const {
     Thread thread{};
-    thread.a_row =
-        scratch.take<const A*>(slice_rows(plan) > kChunkRows ? slice_rows(plan) : kChunkRows);
+    thread.dpre = Rows<A>::carve(scratch, slice_rows(plan), G * H);
+    thread.dh = Rows<A>::carve(scratch, projected ? slice_rows(plan) : 0, P);
+    thread.dx_dpre = Rows<A>::carve(scratch, q.dx.data ? kChunkRows : 0, kBlockK);
     thread.dx = scratch.take<C>(q.dx.data ? kChunkRows * round_up(I, kPanel) : 0);
     if (q.need_dweights) {
-      thread.a = scratch.take<A>(round_up(G * H > P ? G * H : P, kTile) * kBlockK);
+      thread.a =
+          scratch.take<A>(ceil_div(G * H > P ? G * H : P, kTile) * packed_tile_size<A>(kBlockK));
       thread.b = scratch.take<A>(kBlockK * kPanel);
       thread.out = scratch.take<C>(kTile * kPanel);
       thread.db = scratch.take<C>(round_up(width, L));
@@ -261,14 +262,14 @@ struct Backward : Layer<S, CellOf> {
         const S* dy =
             q.dy.data && !projected ? this->template row_of<const S>(q.dy, t, j) + d * P : nullptr;
         for (int64_t u = block_begin; u < block_end; u++) gates(memory, task, d, t, i, j, u, dy);
-        mine.a_row[i] = dpre_row(memory, d, t, j) + (kSlots - G) * H;
       }
       if (plan.members > 1) task.barrier->wait(int(plan.members));
+      for (int64_t i = 0; i < n; i++)
+        mine.dpre.set(i, dpre_row(memory, d, t, sorted(i)) + (kSlots - G) * H, G * H);
       // dh += W_hh' dpre. A member's blocks of units are also its blocks of h.
       const int64_t h_begin = projected ? 0 : panel_begin;
       const int64_t h_end = projected ? ceil_div(P, kPanel) : panel_end;
-      multiply(memory.w_hh[d], G * H, P, h_begin, h_end, step % 2, mine.a_row, n, task.dh, Pp,
-               true);
+      multiply(memory.w_hh[d], G * H, P, h_begin, h_end, step % 2, mine.dpre, n, task.dh, Pp, true);
     }
 
     for (int64_t i = 0; i < n_rows; i++) {
@@ -284,24 +285,22 @@ struct Backward : Layer<S, CellOf> {
 
   // out[i][n] (+)= sum_k row[i][k] w(k, n), panels begin..end of w, or the other way round: what
   // was used last is still in cache. In stretches of k, so that a panel's stretch stays in L2 for
-  // all the rows. Moves row on by K.
+  // all the rows.
   void multiply(const A* packed, int64_t K, int64_t N, int64_t begin, int64_t end, bool backwards,
-                const A** row, int64_t n, C* out, int64_t ld_out, bool accumulate) const {
+                const Rows<A>& row, int64_t n, C* out, int64_t ld_out, bool accumulate) const {
+    const int64_t size = panel_size<A>(K, kMaxNV);
+    const auto at = [&](int64_t panel, int64_t k) {  // the last panel may be narrower
+      return packed + panel * size + k * Base::nv_of(N, panel) * L;
+    };
     for (int64_t k0 = 0; k0 < K; k0 += kStretch) {
       const int64_t stretch = K - k0 < kStretch ? K - k0 : kStretch;
-      for (int64_t k = begin; k < end; k++) {
-        const int64_t panel = backwards ? end - 1 - (k - begin) : k;
-        const int nv = Base::nv_of(N, panel);
-        const int most = max_rows(nv);
-        const A* w = packed + panel * panel_size<A>(K, kMaxNV) + k0 * nv * L;
-        for (int64_t i = 0; i < ceil_div(n, most); i++) {
-          const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
-          C* o = out + r0 * ld_out + panel * kPanel;
-          tile(int(r1 - r0), nv, o, ld_out, accumulate || k0 > 0 ? o : nullptr, ld_out,
-               PointerRows<A>{row + r0}, w, stretch);
-        }
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t panel = backwards ? end - 1 - (i - begin) : i;
+        const int64_t next = i + 1 == end ? panel : backwards ? panel - 1 : panel + 1;
+        C* o = out + panel * kPanel;
+        multiply_panel(n, Base::nv_of(N, panel), o, ld_out, accumulate || k0 > 0 ? o : nullptr,
+                       ld_out, row.from(k0), at(panel, k0), at(next, k0), stretch);
       }
-      for (int64_t i = 0; i < n; i++) row[i] += stretch;
     }
   }
 
@@ -320,9 +319,9 @@ struct Backward : Layer<S, CellOf> {
         store_first(dh + u * L, sum, P - u * L);
         store(task.dh + i * Pp + u * L, V{});
       }
-      mine.a_row[i] = dh;
+      mine.dh.set(i, dh, P);
     }
-    multiply(memory.w_hr[d], P, H, 0, unit_panels(), false, mine.a_row, n, task.dm, Hp, false);
+    multiply(memory.w_hr[d], P, H, 0, unit_panels(), false, mine.dh, n, task.dm, Hp, false);
   }
 
   // From dh and dc to dpre of block u of one row; dh becomes what goes past W_hh, dc that of
@@ -365,17 +364,13 @@ struct Backward : Layer<S, CellOf> {
         for (int64_t k0 = 0; k0 < G * H; k0 += kBlockK) {
           const int64_t K = G * H - k0 < kBlockK ? G * H - k0 : kBlockK;
           for (int64_t i = 0; i < n; i++)
-            mine.a_row[i] = memory.dpre + ((row + i) * D + d) * ld + k0;
+            mine.dx_dpre.set(i, memory.dpre + ((row + i) * D + d) * ld + k0, K);
           for (int64_t panel = 0; panel < ceil_div(I, kPanel); panel++) {
             const int nv = Base::nv_of(I, panel);
-            const int most = max_rows(nv);
             const A* w = memory.w_ih[d] + panel * panel_size<A>(G * H, kMaxNV) + k0 * nv * L;
-            for (int64_t i = 0; i < ceil_div(n, most); i++) {
-              const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
-              C* out = mine.dx + r0 * ld_dx + panel * kPanel;
-              tile(int(r1 - r0), nv, out, ld_dx, d == 0 && k0 == 0 ? nullptr : out, ld_dx,
-                   PointerRows<A>{mine.a_row + r0}, w, K);
-            }
+            C* out = mine.dx + panel * kPanel;
+            multiply_panel(n, nv, out, ld_dx, d == 0 && k0 == 0 ? nullptr : out, ld_dx,
+                           mine.dx_dpre.from(0), w, w, K);
           }
         }
       for (int64_t i = 0; i < n; i++) convert(memory.dx_row[row + i], mine.dx + i * ld_dx, I);
@@ -421,11 +416,14 @@ struct Backward : Layer<S, CellOf> {
     else
       out = sum;
     if (rows == 0) memset(out + m0 * N, 0, size_t((m1 - m0) * N) * sizeof(C));
+    const auto tile_at = [&](int64_t m) {
+      return mine.a + (m - m0) / kTile * packed_tile_size<A>(kBlockK);
+    };
     for (int64_t k0 = 0; k0 < rows; k0 += round) {
       const int64_t K = rows - k0 < round ? rows - k0 : round;
       for (int64_t m = m0; m < m1; m += kTile)
-        pack_tile_of_columns(int(m1 - m < kTile ? m1 - m : kTile), mine.a + (m - m0) * kBlockK,
-                             a + k0 * ld_a + m, ld_a, K);
+        pack_tile_of_columns(int(m1 - m < kTile ? m1 - m : kTile), tile_at(m), a + k0 * ld_a + m,
+                             ld_a, K);
       for (int64_t panel = 0; panel < ceil_div(N, kPanel); panel++) {
         const int nv = Base::nv_of(N, panel);
         const int64_t columns = N - panel * kPanel;
@@ -433,14 +431,15 @@ struct Backward : Layer<S, CellOf> {
         for (int64_t k = 0; k < K; k++) shifted[k] = b[k0 + k] + panel * kPanel;
         pack_panel_of_columns(mine.b, shifted, K, nv, columns);
         for (int64_t m = m0; m < m1; m += kTile) {
-          const int r = int(m1 - m < kTile ? m1 - m : kTile);
+          const int64_t r = m1 - m < kTile ? m1 - m : kTile;
           C* o = out + m * N + panel * kPanel;
-          const PackedRows<A> packed{mine.a + (m - m0) * kBlockK};
+          const auto columns_of_a = packed_tile<A>(tile_at(m), K);
           if (columns >= nv * L) {
-            tile(r, nv, o, N, k0 == 0 ? nullptr : o, N, packed, mine.b, K);
+            multiply_panel(r, nv, o, N, k0 == 0 ? nullptr : o, N, columns_of_a, mine.b, mine.b, K);
           } else {  // the last vector sticks out
-            tile(r, nv, mine.out, kPanel, (const C*)nullptr, 0, packed, mine.b, K);
-            for (int i = 0; i < r; i++)
+            multiply_panel(r, nv, mine.out, kPanel, (const C*)nullptr, 0, columns_of_a, mine.b,
+                           mine.b, K);
+            for (int64_t i = 0; i < r; i++)
               for (int64_t n = 0; n < columns; n++) {
                 const C value = mine.out[i * kPanel + n];
                 o[i * N + n] = k0 == 0 ? value : o[i * N + n] + value;

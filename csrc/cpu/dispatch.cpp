@@ -1,5 +1,10 @@
 #include "dispatch.h"
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 
@@ -8,11 +13,23 @@
 namespace seqkern {
 namespace {
 
+// AMX is there, and the system lets this process use it (Linux: it has to be asked).
+bool has_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool runs_here(const std::string& name) {
 #if defined(__x86_64__)
   if (name == "avx2")
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  if (name == "amx") return runs_here("avx512bf16") && has_amx();
   if (name == "avx512" || name == "avx512bf16") {
     const bool avx512 = runs_here("avx2") && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&

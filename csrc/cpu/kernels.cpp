@@ -31,36 +31,53 @@ auto with_cell(const LayerParams& p, const F& f) {
       return f((Pass<S, LstmCell>*)nullptr);    \
   }
   switch (p.dtype) {
+    case Dtype::bf16:
+      SEQKERN_CELLS(bf16)
+      break;
+#if !defined(__AMX_BF16__)
     case Dtype::f32:
       SEQKERN_CELLS(float)
       break;
     case Dtype::f64:
       SEQKERN_CELLS(double)
       break;
-    case Dtype::bf16:
-      SEQKERN_CELLS(bf16)
-      break;
     case Dtype::f16:
       SEQKERN_CELLS(f16)
       break;
+#else
+    default:  // see SEQKERN_DELEGATE
+      break;
+#endif
   }
 #undef SEQKERN_CELLS
   __builtin_unreachable();
 }
 
+// AMX multiplies bfloat16 only: all else is the next older instruction set's.
+#if defined(__AMX_BF16__)
+#define SEQKERN_DELEGATE(f, p) \
+  if (p.dtype != Dtype::bf16) return avx512bf16::kernel_table().f(p)
+#else
+#define SEQKERN_DELEGATE(f, p) (void)0
+#endif
+
 size_t forward_scratch(const ForwardParams& p) {
+  SEQKERN_DELEGATE(forward_scratch, p);
   return with_cell<Forward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
 }
 
 void forward(const ForwardParams& p) {
+  SEQKERN_DELEGATE(forward, p);
   with_cell<Forward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
 }
 
 size_t backward_scratch(const BackwardParams& p) {
+  SEQKERN_DELEGATE(backward_scratch, p);
   return with_cell<Backward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
 }
 
 void backward(const BackwardParams& p) {
+  SEQKERN_DELEGATE(backward, p);
   with_cell<Backward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
 }
 

@@ -18,6 +18,9 @@ const KernelTable& kernel_table();
 namespace avx512bf16 {
 const KernelTable& kernel_table();
 }
+namespace amx {
+const KernelTable& kernel_table();
+}
 #endif
 
 }  // namespace seqkern

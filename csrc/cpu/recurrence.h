@@ -30,18 +30,6 @@ constexpr int64_t kBlockK = 256;  // most rows per round of a weight gradient, g
 constexpr int64_t kMinSliceRows =
     4;  // fewer rows don't keep the multipliers busy while weights stream by
 
-// Hands out aligned pieces of the scratch memory; with no memory it only counts.
-struct Scratch {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    T* piece = (T*)(base + used);
-    used += size_t(round_up(n * int64_t(sizeof(T)), 64) + 64);  // a line apart: no false sharing
-    return piece;
-  }
-};
-
 struct Plan {
   int64_t slices;   // of the batch
   int64_t members;  // threads per task
@@ -70,7 +58,6 @@ struct Layer {
   using Cell = CellOf<Math<C>>;
   static constexpr int L = kLanes<C>;
   static constexpr int G = Cell::kGates, kSlots = Cell::kSlots, kSaved = Cell::kSaved;
-  static constexpr bool kConvert = !__is_same(S, A);
   static constexpr int kBlocksPerPanel = G == 1 ? kMaxNV : 1;
 
   const LayerParams& p;
@@ -131,8 +118,7 @@ template <class S, template <class> class CellOf>
 struct Forward : Layer<S, CellOf> {
   using Base = Layer<S, CellOf>;
   using Base::B, Base::blocks, Base::D, Base::G, Base::H, Base::Hp, Base::I, Base::kBlocksPerPanel,
-      Base::kConvert, Base::kSaved, Base::kSlots, Base::L, Base::P, Base::Pp, Base::projected,
-      Base::seq, Base::T;
+      Base::kSaved, Base::kSlots, Base::L, Base::P, Base::Pp, Base::projected, Base::seq, Base::T;
   using typename Base::A;
   using typename Base::C;
   using typename Base::Cell;
@@ -149,11 +135,9 @@ struct Forward : Layer<S, CellOf> {
     Barrier* barrier;
   };
   struct Thread {
-    A* x;             // [chunk rows][I], where x must be converted
-    A* h;             // [slice rows][P], likewise
-    const A** x_row;  // [chunk rows]
-    const A** h_row;  // [slice rows]
-    const A** m_row;  // [slice rows]
+    Rows<S> x;  // [chunk rows] of I
+    Rows<S> h;  // [slice rows] of P
+    Rows<A> m;  // [slice rows] of H, if projected
   };
   struct Memory {
     A *w_ih[2], *w_hh[2], *w_hr[2];  // packed
@@ -199,11 +183,9 @@ struct Forward : Layer<S, CellOf> {
 
   Thread carve_thread(Scratch& scratch, const Plan& plan) const {
     Thread thread;
-    thread.x = scratch.take<A>(kConvert ? chunk_rows(plan) * I : 0);
-    thread.h = scratch.take<A>(kConvert ? slice_rows(plan) * P : 0);
-    thread.x_row = scratch.take<const A*>(chunk_rows(plan));
-    thread.h_row = scratch.take<const A*>(slice_rows(plan));
-    thread.m_row = scratch.take<const A*>(slice_rows(plan));
+    thread.x = Rows<S>::carve(scratch, chunk_rows(plan), I);
+    thread.h = Rows<S>::carve(scratch, slice_rows(plan), P);
+    thread.m = Rows<A>::carve(scratch, projected ? slice_rows(plan) : 0, H);
     return thread;
   }
 
@@ -395,15 +377,8 @@ struct Forward : Layer<S, CellOf> {
         const int64_t t = d == 0 ? end : T - 1 - end;
         const int64_t n = this->alive(t, slice, slices);
         if (rows + n > room) break;
-        for (int64_t i = 0; i < n; i++, rows++) {
-          const S* x = this->template row_of<const S>(q.x, t, sorted(i));
-          if constexpr (kConvert) {
-            convert(mine.x + rows * I, x, I);
-            mine.x_row[rows] = mine.x + rows * I;
-          } else {
-            mine.x_row[rows] = x;
-          }
-        }
+        for (int64_t i = 0; i < n; i++, rows++)
+          mine.x.set(rows, this->template row_of<const S>(q.x, t, sorted(i)), I);
       }
       project_input(memory, task, mine, d, rows, panel_begin, panel_end);
       C* pre = task.pre;
@@ -411,31 +386,24 @@ struct Forward : Layer<S, CellOf> {
         const int64_t t = d == 0 ? done : T - 1 - done;
         const int64_t n = this->alive(t, slice, slices);
         if (n == 0) continue;
-        for (int64_t i = 0; i < n; i++) {
-          const S* h = this->h_prev(d, t, sorted(i));
-          if constexpr (kConvert) {
-            convert(mine.h + i * P, h, P);
-            mine.h_row[i] = mine.h + i * P;
-          } else {
-            mine.h_row[i] = h;
-          }
-        }
+        for (int64_t i = 0; i < n; i++) mine.h.set(i, this->h_prev(d, t, sorted(i)), P);
         for (int64_t k = panel_begin; k < panel_end; k++) {
           // Back and forth: the panels used last in one step are still in cache at the start of the
           // next.
+          const int64_t turn = done % 2 ? -1 : 1;
           const int64_t panel = done % 2 ? panel_end - 1 - (k - panel_begin) : k;
           const int nv = panel_nv(panel);
-          const int most = max_rows(nv);
-          const int64_t offset = panel * kBlocksPerPanel * kSlots * L;
-          const A* w = memory.w_hh[d] + panel * panel_size<A>(P, G * kBlocksPerPanel);
-          for (int64_t i = 0; i < ceil_div(n, most); i++) {
-            const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
-            C* out = pre + r0 * ld + offset + (kSlots - G) * L;
-            tile(int(r1 - r0), nv, out, ld, out, ld, PointerRows<A>{mine.h_row + r0}, w, P);
-            for (int64_t r = r0; r < r1; r++)
-              for (int64_t u = panel * kBlocksPerPanel; u < panel * kBlocksPerPanel + nv / G; u++)
-                gates(task, d, t, r, sorted(r), u, mine.h_row[r], pre + r * ld + u * kSlots * L);
-          }
+          const int64_t size = panel_size<A>(P, G * kBlocksPerPanel);
+          const A* w = memory.w_hh[d] + panel * size;
+          C* out = pre + panel * kBlocksPerPanel * kSlots * L + (kSlots - G) * L;
+          multiply_panel(n, nv, out, ld, out, ld, mine.h.from(0), w,
+                         k + 1 < panel_end ? w + turn * size : w, P, [&](int64_t r0, int64_t r1) {
+                           for (int64_t r = r0; r < r1; r++)
+                             for (int64_t u = panel * kBlocksPerPanel;
+                                  u < panel * kBlocksPerPanel + nv / G; u++)
+                               gates(task, d, t, r, sorted(r), u, mine.h.row[r],
+                                     pre + r * ld + u * kSlots * L);
+                         });
         }
         if (projected) project_output(memory, task, mine, d, t, n, sorted);
         if (plan.members > 1) task.barrier->wait(int(plan.members));
@@ -459,20 +427,17 @@ struct Forward : Layer<S, CellOf> {
   void project_input(const Memory& memory, const Task& task, const Thread& mine, int64_t d,
                      int64_t rows, int64_t panel_begin, int64_t panel_end) const {
     for (int64_t panel = panel_begin; panel < panel_end; panel++) {
-      const int nv = panel_nv(panel);
-      const int most = max_rows(nv);
       const int64_t offset = panel * kBlocksPerPanel * kSlots * L;
-      const A* w = memory.w_ih[d] + panel * panel_size<A>(I, G * kBlocksPerPanel);
+      const int64_t size = panel_size<A>(I, G * kBlocksPerPanel);
+      const A* w = memory.w_ih[d] + panel * size;
       const C* bias = memory.bias[d] + offset;
-      for (int64_t i = 0; i < ceil_div(rows, most); i++) {
-        const int64_t r0 = tile_start(rows, most, i), r1 = tile_start(rows, most, i + 1);
-        C* out = task.pre + r0 * ld + offset;
-        tile(int(r1 - r0), nv, out, ld, bias, 0, PointerRows<A>{mine.x_row + r0}, w, I);
-        if constexpr (kSlots > G)  // the slots that x has no part in
-          for (int64_t r = 0; r < r1 - r0; r++)
-            for (int slot = G; slot < kSlots; slot++)
-              store(out + r * ld + slot * L, load(bias + slot * L));
-      }
+      C* out = task.pre + offset;
+      multiply_panel(rows, panel_nv(panel), out, ld, bias, 0, mine.x.from(0), w,
+                     panel + 1 < panel_end ? w + size : w, I);
+      if constexpr (kSlots > G)  // the slots that x has no part in
+        for (int64_t r = 0; r < rows; r++)
+          for (int slot = G; slot < kSlots; slot++)
+            store(out + r * ld + slot * L, load(bias + slot * L));
     }
   }
 
@@ -513,16 +478,12 @@ struct Forward : Layer<S, CellOf> {
   template <class Sorted>
   void project_output(const Memory& memory, const Task& task, const Thread& mine, int64_t d,
                       int64_t t, int64_t n, const Sorted& sorted) const {
-    for (int64_t i = 0; i < n; i++) mine.m_row[i] = task.m + i * Hp;
-    for (int64_t panel = 0; panel < ceil_div(P, L * kMaxNV); panel++) {
-      const int nv = Base::nv_of(P, panel);
-      const int most = max_rows(nv);
-      const A* w = memory.w_hr[d] + panel * panel_size<A>(H, kMaxNV);
-      for (int64_t i = 0; i < ceil_div(n, most); i++) {
-        const int64_t r0 = tile_start(n, most, i), r1 = tile_start(n, most, i + 1);
-        tile(int(r1 - r0), nv, task.h + r0 * Pp + panel * kMaxNV * L, Pp, (const C*)nullptr, 0,
-             PointerRows<A>{mine.m_row + r0}, w, H);
-      }
+    for (int64_t i = 0; i < n; i++) mine.m.set(i, task.m + i * Hp, H);
+    const int64_t panels_p = ceil_div(P, L * kMaxNV), size = panel_size<A>(H, kMaxNV);
+    for (int64_t panel = 0; panel < panels_p; panel++) {
+      const A* w = memory.w_hr[d] + panel * size;
+      multiply_panel(n, Base::nv_of(P, panel), task.h + panel * kMaxNV * L, Pp, (const C*)nullptr,
+                     0, mine.m.from(0), w, panel + 1 < panels_p ? w + size : w, H);
     }
     for (int64_t i = 0; i < n; i++)
       convert(this->template row_of<S>(q.y, t, sorted(i)) + d * P, task.h + i * Pp, P);

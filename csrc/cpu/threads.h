@@ -4,7 +4,7 @@
 #include <omp.h>
 #include <sched.h>
 
-#include "vec.h"
+#include "amx.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -13,9 +13,15 @@ namespace SEQKERN_ISA {
 // one.
 template <class F>
 void parallel(int threads, const F& f) {
-  if (threads <= 1) return f(0, 1);
+  if (threads <= 1) {
+    [[maybe_unused]] TilesInUse tiles;
+    return f(0, 1);
+  }
 #pragma omp parallel num_threads(threads)
-  f(omp_get_thread_num(), omp_get_num_threads());
+  {
+    [[maybe_unused]] TilesInUse tiles;
+    f(omp_get_thread_num(), omp_get_num_threads());
+  }
 }
 
 // The part of 0..n that belongs to thread i of `of`: [part_begin(n, i, of), part_begin(n, i + 1,
