@@ -1,6 +1,6 @@
 """What every test shares: the two backends, the data directory, seeds, threads, hypothesis' profiles.
 
-Options:  --data PATH   real data for the tests that want it (default: SEQKERN_DATA); without it they skip
+Options:  --data=PATH   real data for the tests that want it (default: SEQKERN_DATA); without it they skip
 Markers:  slow          full crosses and long fuzzing: `-m "not slow"` leaves them out
           gpu           needs a CUDA device, else skips
 """
@@ -63,7 +63,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
 def data(request: pytest.FixtureRequest) -> Path:
     where = request.config.getoption("--data")
     if not where:
-        pytest.skip("needs real data: pytest --data PATH, or the variable SEQKERN_DATA")
+        pytest.skip("needs real data: pytest --data=PATH, or the variable SEQKERN_DATA")
     path = Path(where)
     if not path.is_dir():
         raise pytest.UsageError(f"--data {where}: no such directory")
