@@ -1,11 +1,12 @@
-// The backward pass of a recurrent layer (recurrence.h), in three stages, each one parallel region:
-//   1  pack the weights, note where every row lies
-//   2  the recurrence the other way round: dh_t, dc_t -> dpre_t; dh_{t-1} = W_hh' dpre_t + what
-//   goes past W_hh.
-//      Tasks and members as in forward. Writes dpre [rows, D, kSlots*H], dh0, dc0.
-//   3  dx = dpre W_ih, by rows; dW_ih = dpre' x, dW_hh = dpre' h_prev, db = sum dpre, by rows of
-//   dW: every sum is
-//      made by one thread in the order of the rows, so the number of threads changes no bit.
+// The backward pass of a recurrent layer (recurrence.h). First the weights are packed and it is
+// noted where every row lies; then, for one chunk of time steps after another, two stages, each one
+// parallel region:
+//   1  the recurrence the other way round: dh_t, dc_t -> dpre_t;
+//      dh_{t-1} = W_hh' dpre_t + what goes past W_hh.
+//      Tasks and members as in forward. Writes dpre [rows of the chunk, kSlots*H].
+//   2  dx = dpre W_ih, by rows; dW_ih += dpre' x, dW_hh += dpre' h_prev, db += sum dpre, by rows of
+//      dW: every sum is made in the order of the rows, so the number of threads changes no bit.
+// A chunk's dpre is read while it is still in cache, and all of it together is never in memory.
 #pragma once
 
 #include "recurrence.h"
@@ -26,15 +27,18 @@ struct Backward : Layer<S, CellOf> {
   static constexpr int kPanel = kMaxNV * L;  // outputs of a full panel
   static constexpr int kTile = kColumnTile<A>;
   static constexpr int64_t kBlockSum = 64;
+  static constexpr int64_t kChunkBytes = 8 << 20;  // of dpre, about; but never so few rows that
+  static constexpr int64_t kLeastRows = 512;       // adding to dW costs more than the products
   static constexpr int64_t kStretch =
       2048 / int64_t(sizeof(A));  // a multiple of every kDeep: what belongs together stays so
 
   const BackwardParams& q;
   const int64_t width;  // gradients in a row of dpre, one direction: kSlots * H
-  const int64_t ld;     // elements from one direction to the next
+  const int64_t ld;     // elements from one row to the next
   const int64_t rows;
   const int64_t round;  // rows per round of a weight gradient: short sums are rounded less, long
                         // rounds are faster
+  const int64_t chunks;
 
   struct Task {
     C* dh;  // [slice rows][Pp]: gradient that reaches h from later steps
@@ -50,19 +54,28 @@ struct Backward : Layer<S, CellOf> {
     A* a;             // [round_up(M part, kTile)][kBlockK]: packed dpre
     A* b;             // [kBlockK][kPanel]: packed rows of x or h
     C* out;           // [kTile][kPanel]
-    C* db;            // [width]
   };
   struct Memory {
     A *w_ih[2], *w_hh[2], *w_hr[2];     // packed, [outputs I, P, H][k: dpre, dpre, dh]
-    A* dpre;                            // [rows][D][ld]
-    A* dh;                              // [rows][D][P], if projected: whole gradient of y
-    A* m;                               // [rows][D][H], if projected: h before its projection
+    A* dpre[2];                         // [chunk's rows][ld]
+    A* dh[2];                           // [chunk's rows][P], if projected: whole gradient of y
+    A* m[2];                            // [chunk's rows][H], if projected: h before its projection
     const S** x_row;                    // [rows]
     S** dx_row;                         // [rows]
     const S** h_row[2];                 // [rows]: h_prev of direction d
-    const A** m_row[2];                 // [rows], if projected
+    const A** m_row[2];                 // [chunk's rows], if projected
     C *dw_ih[2], *dw_hh[2], *dw_hr[2];  // sums, where S is narrower
+    C* db[2];                           // [width]: sums of dpre's columns
+    C* dx;                              // [rows][I]: the first direction's, where S is narrower
     Scratch rest;
+  };
+  // The steps of one stage, and the rows that one direction meets in them. The bounds of the chunks
+  // lie evenly about the middle of the sequence, so the rows of two chunks, one of either
+  // direction, are the same or have none in common.
+  struct Chunk {
+    int64_t index, step_begin, step_end;
+    int64_t row[2], rows[2];  // of direction d: the first, and how many
+    bool first, last;
   };
 
   explicit Backward(const BackwardParams& params)
@@ -71,7 +84,28 @@ struct Backward : Layer<S, CellOf> {
         width(kSlots * H),
         ld(odd_lines<A>(width)),
         rows(seq.rows),
-        round(rows <= 1024 ? 64 : kBlockK) {}
+        round(rows <= 1024 ? 64 : kBlockK),
+        chunks(count_chunks()) {}
+
+  int64_t count_chunks() const {
+    int64_t most_rows = kChunkBytes / (D * ld * int64_t(sizeof(A)));
+    if (most_rows < kLeastRows) most_rows = kLeastRows;
+    return T > 0 ? ceil_div(T, ceil_div(most_rows, B)) : 1;
+  }
+  int64_t bound(int64_t k) const {
+    return 2 * k <= chunks ? T * k / chunks : T - T * (chunks - k) / chunks;
+  }
+  int64_t rows_before(int64_t t) const { return t < T ? seq.first[t] : rows; }
+
+  Chunk chunk(int64_t index) const {
+    Chunk c{index, bound(index), bound(index + 1), {}, {}, index == 0, index == chunks - 1};
+    for (int64_t d = 0; d < D; d++) {
+      const int64_t begin = rows_before(d == 0 ? T - c.step_end : c.step_begin);
+      const int64_t end = rows_before(d == 0 ? T - c.step_begin : c.step_end);
+      c.row[d] = begin, c.rows[d] = end - begin;
+    }
+    return c;
+  }
 
   int64_t slice_rows(const Plan& plan) const { return ceil_div(B, plan.slices); }
   int64_t unit_panels() const { return ceil_div(H, kPanel); }
@@ -97,12 +131,21 @@ struct Backward : Layer<S, CellOf> {
     }
     memory.x_row = scratch.take<const S*>(rows);
     memory.dx_row = scratch.take<S*>(rows);
-    memory.dpre = scratch.take<A>(rows * D * ld);
-    if (projected) {
-      memory.dh = scratch.take<A>(rows * D * P);
-      memory.m = scratch.take<A>(rows * D * H);
-      for (int64_t d = 0; d < D; d++) memory.m_row[d] = scratch.take<const A*>(rows);
+    int64_t chunk_rows = 0;
+    for (int64_t k = 0; k < chunks; k++)
+      if (chunk(k).rows[0] > chunk_rows) chunk_rows = chunk(k).rows[0];
+    for (int64_t d = 0; d < D; d++) {
+      memory.dpre[d] = scratch.take<A>(chunk_rows * ld);
+      if (q.need_dweights) memory.db[d] = scratch.take<C>(round_up(width, L));
+      if (projected) {
+        memory.dh[d] = scratch.take<A>(chunk_rows * P);
+        memory.m[d] = scratch.take<A>(chunk_rows * H);
+        memory.m_row[d] = scratch.take<const A*>(chunk_rows);
+        if (base)
+          for (int64_t i = 0; i < chunk_rows; i++) memory.m_row[d][i] = memory.m[d] + i * H;
+      }
     }
+    if (q.dx.data && D == 2 && !__is_same(S, C)) memory.dx = scratch.take<C>(rows * I);
     memory.rest = scratch;
     return memory;
   }
@@ -127,23 +170,16 @@ struct Backward : Layer<S, CellOf> {
           scratch.take<A>(ceil_div(G * H > P ? G * H : P, kTile) * packed_tile_size<A>(kBlockK));
       thread.b = scratch.take<A>(kBlockK * kPanel);
       thread.out = scratch.take<C>(kTile * kPanel);
-      thread.db = scratch.take<C>(round_up(width, L));
     }
     return thread;
   }
 
   size_t scratch_bytes() const {
-    const Memory memory = carve_shared(nullptr);
-    size_t most = 0;
-    const int counts[2] = {1, q.threads};
-    for (int threads : counts) {
-      Scratch scratch = memory.rest;
-      const Plan pl = plan(threads);
-      for (int64_t i = 0; i < D * pl.slices; i++) carve_task(scratch, pl);
-      for (int i = 0; i < q.threads; i++) carve_thread(scratch, pl);
-      if (scratch.used > most) most = scratch.used;
-    }
-    return most;
+    Scratch scratch = carve_shared(nullptr).rest;
+    const Plan planned = plan(q.threads);
+    for (int64_t i = 0; i < D * planned.slices; i++) carve_task(scratch, planned);
+    for (int i = 0; i < q.threads; i++) carve_thread(scratch, planned);
+    return scratch.used;
   }
 
   // w [K, n] -> panels of n; row k of the panel is row (k + first) % K of w.
@@ -179,10 +215,7 @@ struct Backward : Layer<S, CellOf> {
           const int64_t n = seq.first[t] + j;
           memory.x_row[n] = this->template row_of<const S>(q.x, t, j);
           if (q.dx.data) memory.dx_row[n] = this->template row_of<S>(q.dx, t, j);
-          for (int64_t d = 0; d < D; d++) {
-            memory.h_row[d][n] = this->h_prev(d, t, j);
-            if (projected) memory.m_row[d][n] = memory.m + (n * D + d) * H;
-          }
+          for (int64_t d = 0; d < D; d++) memory.h_row[d][n] = this->h_prev(d, t, j);
         }
     });
 
@@ -192,45 +225,52 @@ struct Backward : Layer<S, CellOf> {
         tasks * planned.members > q.threads ? q.threads : int(tasks * planned.members);
     Scratch scratch = memory.rest;
     for (int64_t i = 0; i < tasks; i++) carve_task(scratch, planned).barrier->reset();
-    parallel(wanted, [&](int thread, int threads) {
-      if (threads < wanted) {  // OpenMP gave fewer: members could wait for nobody
-        if (thread == 0) run_tasks(memory, plan(1), 0, 1);
-      } else {
-        run_tasks(memory, planned, thread, threads);
-      }
-    });
-
-    if (!q.dx.data && !q.need_dweights) return;
-    parallel(q.threads, [&](int thread, int threads) {
-      Scratch mine = memory.rest;
-      Thread t{};
-      for (int i = 0; i <= thread; i++) t = carve_thread(mine, planned);
-      if (q.dx.data) make_dx(memory, t, thread, threads);
-      if (q.need_dweights)
-        for (int64_t d = 0; d < D; d++) make_dweights(memory, t, d, thread, threads);
-    });
-  }
-
-  void run_tasks(const Memory& memory, const Plan& plan, int thread, int threads) const {
-    const int64_t tasks = D * plan.slices;
-    Scratch scratch = memory.rest;
-    for (int64_t i = 0; i < tasks; i++) carve_task(scratch, plan);
-    Thread mine{};
-    for (int i = 0; i <= thread; i++) mine = carve_thread(scratch, plan);
-    for (int64_t i = thread / plan.members; i < tasks; i += threads / plan.members) {
-      Scratch again = memory.rest;
-      Task task{};
-      for (int64_t k = 0; k <= i; k++) task = carve_task(again, plan);
-      run_task(memory, plan, task, mine, i / plan.slices, i % plan.slices, thread % plan.members);
+    for (int64_t k = 0; k < chunks; k++) {
+      const Chunk now = chunk(k);
+      parallel(wanted, [&](int thread, int threads) {
+        if (threads < wanted) {  // OpenMP gave fewer: members could wait for nobody
+          if (thread == 0) run_tasks(memory, now, Plan{planned.slices, 1}, 0, 1);
+        } else {
+          run_tasks(memory, now, planned, thread, threads);
+        }
+      });
+      if (!q.dx.data && !q.need_dweights) continue;
+      parallel(q.threads, [&](int thread, int threads) {
+        const Thread mine = thread_memory(memory, planned, thread);
+        for (int64_t d = 0; d < D; d++) {
+          if (q.dx.data) make_dx(memory, mine, now, d, thread, threads);
+          if (q.need_dweights) make_dweights(memory, mine, now, d, thread, threads);
+        }
+      });
     }
   }
 
-  A* dpre_row(const Memory& memory, int64_t d, int64_t t, int64_t j) const {
-    return memory.dpre + ((seq.first[t] + j) * D + d) * ld;
+  Thread thread_memory(const Memory& memory, const Plan& plan, int thread) const {
+    Scratch scratch = memory.rest;
+    for (int64_t i = 0; i < D * plan.slices; i++) carve_task(scratch, plan);
+    for (int i = 0; i < thread; i++) carve_thread(scratch, plan);
+    return carve_thread(scratch, plan);
   }
 
-  void run_task(const Memory& memory, const Plan& plan, const Task& task, const Thread& mine,
-                int64_t d, int64_t slice, int64_t member) const {
+  void run_tasks(const Memory& memory, const Chunk& chunk, const Plan& plan, int thread,
+                 int threads) const {
+    const Thread mine = thread_memory(memory, plan, thread);
+    for (int64_t i = thread / plan.members; i < D * plan.slices; i += threads / plan.members) {
+      Scratch again = memory.rest;
+      Task task{};
+      for (int64_t k = 0; k <= i; k++) task = carve_task(again, plan);
+      run_task(memory, chunk, plan, task, mine, i / plan.slices, i % plan.slices,
+               thread % plan.members);
+    }
+  }
+
+  // Where row j of step t lies among the chunk's rows.
+  int64_t in_chunk(const Chunk& chunk, int64_t d, int64_t t, int64_t j) const {
+    return seq.first[t] + j - chunk.row[d];
+  }
+
+  void run_task(const Memory& memory, const Chunk& chunk, const Plan& plan, const Task& task,
+                const Thread& mine, int64_t d, int64_t slice, int64_t member) const {
     const int64_t slices = plan.slices;
     const int64_t panel_begin = part_begin(unit_panels(), member, plan.members);
     const int64_t panel_end = part_begin(unit_panels(), member + 1, plan.members);
@@ -239,7 +279,7 @@ struct Backward : Layer<S, CellOf> {
     const auto sorted = [&](int64_t i) { return i * slices + slice; };
     const int64_t n_rows = slice < B ? ceil_div(B - slice, slices) : 0;
 
-    for (int64_t i = 0; i < n_rows; i++) {
+    for (int64_t i = 0; chunk.first && i < n_rows; i++) {
       const int64_t row = d * B + seq.row[sorted(i)];
       // A task of one member owns all of h; members own their blocks of it (P == H then).
       for (int64_t u = projected ? 0 : block_begin; u < (projected ? ceil_div(P, L) : block_end);
@@ -252,27 +292,29 @@ struct Backward : Layer<S, CellOf> {
                 q.dc_n ? load_first((const S*)q.dc_n + row * H + u * L, H - u * L) : V{});
     }
 
-    for (int64_t step = 0; step < T; step++) {
+    for (int64_t step = chunk.step_begin; step < chunk.step_end; step++) {
       const int64_t t = d == 0 ? T - 1 - step : step;
       const int64_t n = this->alive(t, slice, slices);
       if (n == 0) continue;
-      if (projected) unproject(memory, task, mine, d, t, n, sorted);
+      if (projected) unproject(memory, chunk, task, mine, d, t, n, sorted);
       for (int64_t i = 0; i < n; i++) {
         const int64_t j = sorted(i);
         const S* dy =
             q.dy.data && !projected ? this->template row_of<const S>(q.dy, t, j) + d * P : nullptr;
-        for (int64_t u = block_begin; u < block_end; u++) gates(memory, task, d, t, i, j, u, dy);
+        for (int64_t u = block_begin; u < block_end; u++)
+          gates(memory, chunk, task, d, t, i, j, u, dy);
       }
       if (plan.members > 1) task.barrier->wait(int(plan.members));
       for (int64_t i = 0; i < n; i++)
-        mine.dpre.set(i, dpre_row(memory, d, t, sorted(i)) + (kSlots - G) * H, G * H);
+        mine.dpre.set(i, memory.dpre[d] + in_chunk(chunk, d, t, sorted(i)) * ld + (kSlots - G) * H,
+                      G * H);
       // dh += W_hh' dpre. A member's blocks of units are also its blocks of h.
       const int64_t h_begin = projected ? 0 : panel_begin;
       const int64_t h_end = projected ? ceil_div(P, kPanel) : panel_end;
       multiply(memory.w_hh[d], G * H, P, h_begin, h_end, step % 2, mine.dpre, n, task.dh, Pp, true);
     }
 
-    for (int64_t i = 0; i < n_rows; i++) {
+    for (int64_t i = 0; chunk.last && i < n_rows; i++) {
       const int64_t row = d * B + seq.row[sorted(i)];
       for (int64_t u = projected ? 0 : block_begin; u < (projected ? ceil_div(P, L) : block_end);
            u++)
@@ -307,11 +349,11 @@ struct Backward : Layer<S, CellOf> {
   // dh (all of it) -> memory.dh, task.dm = W_hr' dh; task.dh becomes 0: what is left goes through
   // W_hh alone.
   template <class Sorted>
-  void unproject(const Memory& memory, const Task& task, const Thread& mine, int64_t d, int64_t t,
-                 int64_t n, const Sorted& sorted) const {
+  void unproject(const Memory& memory, const Chunk& chunk, const Task& task, const Thread& mine,
+                 int64_t d, int64_t t, int64_t n, const Sorted& sorted) const {
     for (int64_t i = 0; i < n; i++) {
       const int64_t j = sorted(i);
-      A* dh = memory.dh + ((seq.first[t] + j) * D + d) * P;
+      A* dh = memory.dh[d] + in_chunk(chunk, d, t, j) * P;
       for (int64_t u = 0; u < ceil_div(P, L); u++) {
         V sum = load(task.dh + i * Pp + u * L);
         if (q.dy.data)
@@ -326,8 +368,8 @@ struct Backward : Layer<S, CellOf> {
 
   // From dh and dc to dpre of block u of one row; dh becomes what goes past W_hh, dc that of
   // c_prev.
-  SEQKERN_INLINE void gates(const Memory& memory, const Task& task, int64_t d, int64_t t, int64_t i,
-                            int64_t j, int64_t u, const S* dy) const {
+  SEQKERN_INLINE void gates(const Memory& memory, const Chunk& chunk, const Task& task, int64_t d,
+                            int64_t t, int64_t i, int64_t j, int64_t u, const S* dy) const {
     const int64_t valid = H - u * L;
     C* dh_memory = projected ? task.dm + i * Hp + u * L : task.dh + i * Pp + u * L;
     V dh = load(dh_memory), dc{}, c_prev{}, h_prev{}, h{};
@@ -340,7 +382,7 @@ struct Backward : Layer<S, CellOf> {
       c_prev = starts ? load_first((const S*)q.c0 + (d * B + seq.row[j]) * H + u * L, valid)
                       : load(this->saved(d, d == 0 ? t - 1 : t + 1, j, u) + (kSaved - 1) * L);
       if (projected)
-        store_first(memory.m + ((seq.first[t] + j) * D + d) * H + u * L, Cell::unprojected(saved),
+        store_first(memory.m[d] + in_chunk(chunk, d, t, j) * H + u * L, Cell::unprojected(saved),
                     valid);
     } else if constexpr (kSlots > G) {
       h_prev = load_first(memory.h_row[d][seq.first[t] + j] + u * L, valid);
@@ -350,61 +392,80 @@ struct Backward : Layer<S, CellOf> {
     const V past = Cell::backward(dh, dc, saved, h, h_prev, c_prev, dpre);
     if constexpr (Cell::kHasC) store(task.dc + i * Hp + u * L, dc);
     if (!projected) store(dh_memory, past);
-    A* out = dpre_row(memory, d, t, j) + u * L;
+    A* out = memory.dpre[d] + in_chunk(chunk, d, t, j) * ld + u * L;
     for (int s = 0; s < kSlots; s++) store_first(out + s * H, dpre[s], valid);
   }
 
-  // dx of this thread's rows: the sum over directions of dpre W_ih.
-  void make_dx(const Memory& memory, const Thread& mine, int thread, int threads) const {
+  // dpre W_ih of direction d for this thread's rows of a chunk. The second direction to come to a
+  // row finds the first one's there and adds it.
+  void make_dx(const Memory& memory, const Thread& mine, const Chunk& chunk, int64_t d, int thread,
+               int threads) const {
     const int64_t ld_dx = round_up(I, kPanel);
-    const int64_t end = part_begin(rows, thread + 1, threads);
-    for (int64_t row = part_begin(rows, thread, threads); row < end; row += kChunkRows) {
-      const int64_t n = end - row < kChunkRows ? end - row : kChunkRows;
-      for (int64_t d = 0; d < D; d++)
-        for (int64_t k0 = 0; k0 < G * H; k0 += kBlockK) {
-          const int64_t K = G * H - k0 < kBlockK ? G * H - k0 : kBlockK;
-          for (int64_t i = 0; i < n; i++)
-            mine.dx_dpre.set(i, memory.dpre + ((row + i) * D + d) * ld + k0, K);
-          for (int64_t panel = 0; panel < ceil_div(I, kPanel); panel++) {
-            const int nv = Base::nv_of(I, panel);
-            const A* w = memory.w_ih[d] + panel * panel_size<A>(G * H, kMaxNV) + k0 * nv * L;
-            C* out = mine.dx + panel * kPanel;
-            multiply_panel(n, nv, out, ld_dx, d == 0 && k0 == 0 ? nullptr : out, ld_dx,
-                           mine.dx_dpre.from(0), w, w, K);
-          }
+    const int64_t others = chunks - 1 - chunk.index;  // the other direction's chunk of these rows
+    const bool first = D == 1 || (d == 0 ? chunk.index <= others : chunk.index < others);
+    const bool last = D == 1 || !first;
+    const auto partial = [&](int64_t row) -> C* {
+      if constexpr (__is_same(S, C))
+        return memory.dx_row[row];
+      else
+        return memory.dx + row * I;
+    };
+    const int64_t end = part_begin(chunk.rows[d], thread + 1, threads);
+    for (int64_t r = part_begin(chunk.rows[d], thread, threads); r < end; r += kChunkRows) {
+      const int64_t n = end - r < kChunkRows ? end - r : kChunkRows;
+      for (int64_t k0 = 0; k0 < G * H; k0 += kBlockK) {
+        const int64_t K = G * H - k0 < kBlockK ? G * H - k0 : kBlockK;
+        for (int64_t i = 0; i < n; i++) mine.dx_dpre.set(i, memory.dpre[d] + (r + i) * ld + k0, K);
+        for (int64_t panel = 0; panel < ceil_div(I, kPanel); panel++) {
+          const int nv = Base::nv_of(I, panel);
+          const A* w = memory.w_ih[d] + panel * panel_size<A>(G * H, kMaxNV) + k0 * nv * L;
+          C* out = mine.dx + panel * kPanel;
+          multiply_panel(n, nv, out, ld_dx, k0 == 0 ? nullptr : out, ld_dx, mine.dx_dpre.from(0), w,
+                         w, K);
         }
-      for (int64_t i = 0; i < n; i++) convert(memory.dx_row[row + i], mine.dx + i * ld_dx, I);
+      }
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t row = chunk.row[d] + r + i;
+        C* sum = mine.dx + i * ld_dx;
+        if (!first)
+          for (int64_t c = 0; c < I; c += L)
+            store(sum + c, load(sum + c) + load_first(partial(row) + c, I - c));
+        if (last)
+          convert(memory.dx_row[row], sum, I);
+        else
+          convert(partial(row), sum, I);
+      }
     }
   }
 
-  void make_dweights(const Memory& memory, const Thread& mine, int64_t d, int thread,
-                     int threads) const {
+  void make_dweights(const Memory& memory, const Thread& mine, const Chunk& chunk, int64_t d,
+                     int thread, int threads) const {
     const WeightGradients& dw = q.dweights[d];
-    const A* dpre = memory.dpre + d * ld;
+    const A* dpre = memory.dpre[d];
+    const S* const* x = memory.x_row + chunk.row[d];
+    const S* const* h = memory.h_row[d] + chunk.row[d];
+    const auto add_outer = [&](const A* a, int64_t ld_a, int64_t M, const auto* b, int64_t N,
+                               C* sum, S* out) {
+      outer(mine, chunk, chunk.rows[d], a, ld_a, M, b, N, sum, out, thread, threads);
+    };
     if constexpr (kSlots > G) {  // slots n r z n': W_ih's gates r z n are not in a row
-      outer(mine, dpre + H, D * ld, 2 * H, memory.x_row, I, memory.dw_ih[d], (S*)dw.w_ih, thread,
-            threads);
-      outer(mine, dpre, D * ld, H, memory.x_row, I,
-            memory.dw_ih[d] + (memory.dw_ih[d] ? 2 * H * I : 0), (S*)dw.w_ih + 2 * H * I, thread,
-            threads);
+      add_outer(dpre + H, ld, 2 * H, x, I, memory.dw_ih[d], (S*)dw.w_ih);
+      add_outer(dpre, ld, H, x, I, memory.dw_ih[d] + (memory.dw_ih[d] ? 2 * H * I : 0),
+                (S*)dw.w_ih + 2 * H * I);
     } else {
-      outer(mine, dpre, D * ld, G * H, memory.x_row, I, memory.dw_ih[d], (S*)dw.w_ih, thread,
-            threads);
+      add_outer(dpre, ld, G * H, x, I, memory.dw_ih[d], (S*)dw.w_ih);
     }
-    outer(mine, dpre + (kSlots - G) * H, D * ld, G * H, memory.h_row[d], P, memory.dw_hh[d],
-          (S*)dw.w_hh, thread, threads);
-    if (projected) {
-      outer(mine, memory.dh + d * P, D * P, P, memory.m_row[d], H, memory.dw_hr[d], (S*)dw.w_hr,
-            thread, threads);
-    }
-    if (dw.b_ih) make_db(mine, dpre, dw, thread, threads);
+    add_outer(dpre + (kSlots - G) * H, ld, G * H, h, P, memory.dw_hh[d], (S*)dw.w_hh);
+    if (projected) add_outer(memory.dh[d], P, P, memory.m_row[d], H, memory.dw_hr[d], (S*)dw.w_hr);
+    if (dw.b_ih) make_db(memory.db[d], chunk, chunk.rows[d], dpre, dw, thread, threads);
   }
 
-  // dW[M, N] = sum over rows r of a[r * ld_a + m] b[r][n]; this thread makes its part of the M.
-  // sum: [M, N] if S is narrower than C.
+  // dW[M, N] (+)= sum over a chunk's rows r of a[r * ld_a + m] b[r][n]; this thread makes its part
+  // of the M. sum: [M, N] if S is narrower than C.
   template <class Row>
-  void outer(const Thread& mine, const A* a, int64_t ld_a, int64_t M, const Row* const* b,
-             int64_t N, C* sum, S* dw, int thread, int threads) const {
+  void outer(const Thread& mine, const Chunk& chunk, int64_t chunk_rows, const A* a, int64_t ld_a,
+             int64_t M, const Row* const* b, int64_t N, C* sum, S* dw, int thread,
+             int threads) const {
     const int64_t tiles = ceil_div(M, kTile);
     const int64_t m0 = part_begin(tiles, thread, threads) * kTile;
     int64_t m1 = part_begin(tiles, thread + 1, threads) * kTile;
@@ -415,12 +476,13 @@ struct Backward : Layer<S, CellOf> {
       out = dw;
     else
       out = sum;
-    if (rows == 0) memset(out + m0 * N, 0, size_t((m1 - m0) * N) * sizeof(C));
+    if (chunk.first && chunk_rows == 0) memset(out + m0 * N, 0, size_t((m1 - m0) * N) * sizeof(C));
     const auto tile_at = [&](int64_t m) {
       return mine.a + (m - m0) / kTile * packed_tile_size<A>(kBlockK);
     };
-    for (int64_t k0 = 0; k0 < rows; k0 += round) {
-      const int64_t K = rows - k0 < round ? rows - k0 : round;
+    for (int64_t k0 = 0; k0 < chunk_rows; k0 += round) {
+      const int64_t K = chunk_rows - k0 < round ? chunk_rows - k0 : round;
+      const bool fresh = chunk.first && k0 == 0;
       for (int64_t m = m0; m < m1; m += kTile)
         pack_tile_of_columns(int(m1 - m < kTile ? m1 - m : kTile), tile_at(m), a + k0 * ld_a + m,
                              ld_a, K);
@@ -435,46 +497,46 @@ struct Backward : Layer<S, CellOf> {
           C* o = out + m * N + panel * kPanel;
           const auto columns_of_a = packed_tile<A>(tile_at(m), K);
           if (columns >= nv * L) {
-            multiply_panel(r, nv, o, N, k0 == 0 ? nullptr : o, N, columns_of_a, mine.b, mine.b, K);
+            multiply_panel(r, nv, o, N, fresh ? nullptr : o, N, columns_of_a, mine.b, mine.b, K);
           } else {  // the last vector sticks out
             multiply_panel(r, nv, mine.out, kPanel, (const C*)nullptr, 0, columns_of_a, mine.b,
                            mine.b, K);
             for (int64_t i = 0; i < r; i++)
               for (int64_t n = 0; n < columns; n++) {
                 const C value = mine.out[i * kPanel + n];
-                o[i * N + n] = k0 == 0 ? value : o[i * N + n] + value;
+                o[i * N + n] = fresh ? value : o[i * N + n] + value;
               }
           }
         }
       }
     }
-    if constexpr (!__is_same(S, C)) convert(dw + m0 * N, sum + m0 * N, (m1 - m0) * N);
+    if constexpr (!__is_same(S, C))
+      if (chunk.last) convert(dw + m0 * N, sum + m0 * N, (m1 - m0) * N);
   }
 
-  // db_ih and db_hh: sums of dpre's columns.
-  void make_db(const Thread& mine, const A* dpre, const WeightGradients& dw, int thread,
-               int threads) const {
+  // db_ih and db_hh: sums of dpre's columns, over all chunks in db.
+  void make_db(C* db, const Chunk& chunk, int64_t chunk_rows, const A* dpre,
+               const WeightGradients& dw, int thread, int threads) const {
     const int64_t vectors = ceil_div(width, L);
     const int64_t c0 = part_begin(vectors, thread, threads) * L;
     int64_t c1 = part_begin(vectors, thread + 1, threads) * L;
     if (c1 > width) c1 = width;
     if (c0 >= c1) return;
     for (int64_t c = c0; c < c1; c += L) {
-      V sum{};
-      for (int64_t row = 0; row < rows; row += kBlockSum) {  // a long sum in rounds: less rounding
-        const int64_t end = row + kBlockSum < rows ? row + kBlockSum : rows;
+      V sum = chunk.first ? V{} : load(db + c);
+      for (int64_t row = 0; row < chunk_rows; row += kBlockSum) {  // in rounds: less rounding
+        const int64_t end = row + kBlockSum < chunk_rows ? row + kBlockSum : chunk_rows;
         V partial{};
-        for (int64_t r = row; r < end; r++) partial += load_first(dpre + r * D * ld + c, width - c);
+        for (int64_t r = row; r < end; r++) partial += load_first(dpre + r * ld + c, width - c);
         sum += partial;
       }
-      store(mine.db + c, sum);
+      store(db + c, sum);
     }
-    for (int64_t c = c0; c < c1; c++) {  // slot c / H: W_ih's gates first, W_hh's last
+    for (int64_t c = c0; chunk.last && c < c1; c++) {  // slot c / H: W_ih's first, W_hh's last
       const int64_t slot = c / H, unit = c % H;
       const int64_t first = kSlots > G ? G - 1 : 0;
-      if (slot < G) convert((S*)dw.b_ih + (slot + first) % G * H + unit, mine.db + c, 1);
-      if (slot >= kSlots - G)
-        convert((S*)dw.b_hh + (slot - (kSlots - G)) * H + unit, mine.db + c, 1);
+      if (slot < G) convert((S*)dw.b_ih + (slot + first) % G * H + unit, db + c, 1);
+      if (slot >= kSlots - G) convert((S*)dw.b_hh + (slot - (kSlots - G)) * H + unit, db + c, 1);
     }
   }
 };

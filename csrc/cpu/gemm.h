@@ -209,6 +209,11 @@ __attribute__((noinline)) void tile_kernel(Compute<A>* out, int64_t ld_out, cons
   const auto a = rows.template bind<R>();
   const int64_t whole = K / kPair<A>;
   int64_t k = 0;
+  // What is added to is fetched meanwhile: it may lie far apart, in memory.
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) __builtin_prefetch((init ? init + r * ld_init : out) + v * L);
   do {
     V acc[kSums][R][NV];
 #pragma GCC unroll 4
