@@ -5,9 +5,8 @@
 // sigmoid, tanh.
 //   kGates   gates, in PyTorch's order, as W_ih and W_hh have them
 //   kSlots   pre-activations: W_ih's products lie in the first kGates slots, W_hh's in the last
-//   kGates, and where
-//            the two ranges overlap the products are added. A GRU needs W_in x and W_hn h apart,
-//            hence its order n r z n' (x to n r z, h to r z n').
+//            kGates, and where the two ranges overlap the products are added. A GRU needs W_in x
+//            and W_hn h apart, hence its order n r z n' (x to n r z, h to r z n').
 //   kSaved   values that backward wants back
 //   kHasC    whether there is a cell state
 #pragma once
@@ -26,9 +25,9 @@ struct LstmCell {
   static constexpr int kGates = 4, kSlots = 4, kSaved = 5;
   static constexpr bool kHasC = true;
 
-  // i f g o = sigma(pre_i) sigma(pre_f) tanh(pre_g) sigma(pre_o);  c = f c_prev + i g;  h = o
-  // tanh(c) (Hochreiter & Schmidhuber 1997; Gers et al. 2000).  c: previous state in, new state
-  // out.
+  // i f g o = sigma(pre_i) sigma(pre_f) tanh(pre_g) sigma(pre_o)
+  // c = f c_prev + i g;  h = o tanh(c)  (Hochreiter & Schmidhuber 1997; Gers et al. 2000)
+  // c: previous state in, new state out.
   static SEQKERN_HOST_DEVICE V forward(const V* pre, V /*h_prev*/, V& c, V* saved) {
     const V i = Math::sigmoid(pre[0]);
     const V f = Math::sigmoid(pre[1]);

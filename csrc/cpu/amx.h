@@ -15,11 +15,12 @@ constexpr int kTileRows = 16;
 constexpr int64_t kTileK = 32;
 
 // asm, because GCC 12's intrinsics do not tell the compiler that they read and write memory.
-#define SEQKERN_TILE_LOAD(t, base, ld)                                                        \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(base), "r"(ld * int64_t(sizeof(*(base)))) \
+#define SEQKERN_TILE_LOAD(t, base, ld)                                                          \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(base), "r"((ld) * int64_t(sizeof(*(base)))) \
                : "memory")
-#define SEQKERN_TILE_STORE(t, base, ld)                                                            \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(base), "r"(ld * int64_t(sizeof(*(base)))) \
+#define SEQKERN_TILE_STORE(t, base, ld)                         \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(base), \
+               "r"((ld) * int64_t(sizeof(*(base))))             \
                : "memory")
 #define SEQKERN_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t::)
 #define SEQKERN_TILE_MULTIPLY_ADD(sum, a, b) \

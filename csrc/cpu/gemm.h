@@ -69,8 +69,7 @@ struct Scratch {
   }
 };
 
-// ---- the rows of a product: a(r, k)
-// --------------------------------------------------------------------------
+// ---- the rows of a product: a(r, k) -------------------------------------------------------------
 
 // One pointer each: a(r, k) = row[r][k0 + k].
 template <class A>
@@ -164,8 +163,7 @@ struct Rows {
   }
 };
 
-// ---- products
-// ------------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
 SEQKERN_INLINE VecF multiply_add(VecF acc, const float* a, VecF w) { return acc + *a * w; }
 SEQKERN_INLINE VecD multiply_add(VecD acc, const double* a, VecD w) { return acc + *a * w; }
@@ -209,11 +207,12 @@ __attribute__((noinline)) void tile_kernel(Compute<A>* out, int64_t ld_out, cons
   const auto a = rows.template bind<R>();
   const int64_t whole = K / kPair<A>;
   int64_t k = 0;
-  // What is added to is fetched meanwhile: it may lie far apart, in memory.
+  // What the sums are added to, or stored over, is fetched meanwhile: it may be far away.
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) __builtin_prefetch((init ? init + r * ld_init : out) + v * L);
+    for (int v = 0; v < NV; v++)
+      __builtin_prefetch((init ? init + r * ld_init : out + r * ld_out) + v * L);
   do {
     V acc[kSums][R][NV];
 #pragma GCC unroll 4
@@ -364,8 +363,7 @@ void multiply_panel(int64_t n, int nv, Compute<A>* out, int64_t ld_out, const Co
   multiply_panel(n, nv, out, ld_out, init, ld_init, a, panel, next, K, [](int64_t, int64_t) {});
 }
 
-// ---- packing
-// ---------------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------
 
 constexpr int interleave_source(int lanes, int o, bool high) {
   return (high ? lanes / 2 : 0) + o / 2 + o % 2 * lanes;

@@ -2,8 +2,7 @@
 // common.
 //
 //   forward     pre_t = W_ih x_t + b  +  W_hh h_{t-1};   h_t, c_t = cell(pre_t, h_{t-1}, c_{t-1})
-//   backward    the same steps the other way round, then dW and dx as products over all rows at
-//   once
+//   backward    the same steps the other way round, then dW and dx as products over many rows
 //
 // Who owns what. A *task* is one direction of one slice of the batch: it needs nothing from the
 // others, so the threads share out the tasks and never wait for one another. Only when there are

@@ -14,8 +14,7 @@ constexpr int kStepWeights = 4;                         // weight rows at a time
 constexpr int kStepRows = kVecRegisters == 32 ? 4 : 2;  // batch rows at a time, at most
 constexpr int64_t kStepBatch = 32;                      // larger batches are worth packing for
 
-// ---- sums of lanes: N vectors -> one whose lane i is the sum of vector i's lanes
-// -------------------------
+// ---- sums of lanes: N vectors -> one whose lane i is the sum of vector i's lanes ----------------
 
 // Where lane o of a fold comes from: vectors a, b hold partial sums in blocks of `width` lanes; the
 // first halves of all of a's blocks, then of b's.
@@ -46,8 +45,7 @@ SEQKERN_INLINE V sums_of_lanes(const V (&v)[N]) {
   }
 }
 
-// ---- dot products
-// ----------------------------------------------------------------------------------------
+// ---- dot products -------------------------------------------------------------------------------
 
 // NW weight rows and R rows that they are multiplied with, over K.
 template <class S>

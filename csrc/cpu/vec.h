@@ -69,8 +69,7 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
-// ---- loads and stores: kLanes values, unaligned
-// ----------------------------------------------------------
+// ---- loads and stores: kLanes values, unaligned -------------------------------------------------
 
 SEQKERN_INLINE VecF load(const float* p) {
   VecF v;
@@ -191,8 +190,7 @@ inline void convert(To* out, const From* in, int64_t n) {
   if (i < n) store_first(out + i, load_first(in + i, n - i), n - i);
 }
 
-// ---- activations
-// -----------------------------------------------------------------------------------------
+// ---- activations --------------------------------------------------------------------------------
 
 // exp(-|x|), at most 1 ulp off; subnormal results are right; NaN stays NaN.
 // Cody & Waite's reduction; the polynomial is Cephes' expf (S. Moshier, 1989).
