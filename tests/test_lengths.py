@@ -8,6 +8,9 @@ from cases import DTYPES, KINDS, SIZES, Case, State, legal, option_factors, our_
 from compare import check_parity, evaluate, flat, packed_call, same_bits
 from torch import Tensor, nn
 
+import seqkern
+from seqkern import _extension
+
 PATTERNS = ("ragged", "descending", "zeros among", "all T", "all shorter", "all 0")
 
 
@@ -60,6 +63,29 @@ def test_parity_with_packing(case: Case, pattern: str, backend: str) -> None:
     beyond = padding(case, lengths)
     assert (got["y"][beyond] == 0).all(), "output beyond a length is not zero"
     assert (got["d x"][beyond] == 0).all(), "gradient of padded input is not zero"
+
+
+# Long enough that the kernels go through backward in two or three chunks (csrc/cpu/backward.h: 8 MiB, at
+# least 512 rows each), of which the middle one meets the same rows in both directions.
+CHUNKED = (
+    Case("lstm", T=300, B=8, H=256, bidirectional=True),
+    Case("lstm", T=300, B=8, H=512, bidirectional=True, dtype=torch.bfloat16),
+    Case("lstm", T=300, B=8, H=256, bidirectional=True, proj_size=17),
+    Case("gru", T=600, B=8, H=256),
+    Case("gru", T=400, B=8, H=256, bidirectional=True),
+    Case("rnn", T=300, B=8, H=1024, bidirectional=True),
+)
+
+
+@pytest.mark.skipif(not _extension.AVAILABLE, reason=f"cpu backend: {_extension.WHY_NOT}")
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_parity_where_backward_goes_in_chunks(case: Case) -> None:
+    layer = case.torch_layer()
+    lengths = make_lengths("ragged", case.T, case.B)
+    with seqkern.use_backend("cpu"):
+        check_parity(
+            layer, our_layer(layer), *case.inputs(), case, with_lengths(lengths), packed_call(lengths)
+        )
 
 
 def some_cases() -> list[Case]:

@@ -9,10 +9,10 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-#if defined(__AMX_BF16__)
-
 constexpr int kTileRows = 16;
-constexpr int64_t kTileK = 32;
+constexpr int kTileK = 32;
+
+#if defined(__AMX_BF16__)
 
 // asm, because GCC 12's intrinsics do not tell the compiler that they read and write memory.
 #define SEQKERN_TILE_LOAD(t, base, ld)                                                          \

@@ -40,7 +40,8 @@ template <class A>
 constexpr bool kMatrix = false;
 #endif
 template <class A>
-constexpr int kDeep = kMatrix<A> ? 32 : kPair<A>;  // panels are padded to a multiple of so many k
+constexpr int kDeep =
+    kMatrix<A> ? kTileK : kPair<A>;  // panels are padded to a multiple of so many k
 
 constexpr int kMaxNV = 4;
 constexpr int max_rows(int nv) {
@@ -452,7 +453,7 @@ void pack_panel_of_columns(A* panel, const S* const* row, int64_t K, int nv, int
 // Columns as the rows of a product, a(r, k) = a[k * ld + r]: at most so many at a time, packed into
 // packed_tile_size(K) elements.
 template <class A>
-constexpr int kColumnTile = kMatrix<A> ? 32 : max_rows(kMaxNV);
+constexpr int kColumnTile = kMatrix<A> ? 2 * kTileRows : max_rows(kMaxNV);
 template <class A>
 constexpr int64_t packed_tile_size(int64_t K) {
   return kColumnTile<A> * (kMatrix<A> ? odd_lines<A>(K) : round_up(K, kPair<A>));
