@@ -7,11 +7,12 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from bench import cases, harness, limits, parity, store
+from bench import attention, cases, harness, limits, parity, store
 from bench import machine as machine_facts
 from bench.cases import BY_NAME
 
@@ -121,11 +122,14 @@ class Session:
         self.failed.setdefault(family, set()).update(ids)
 
     @functools.cached_property
-    def _problems(self) -> dict[tuple, tuple[harness.Problem, dict[str, parity.Parity]]]:
+    def _problems(self) -> dict[tuple, tuple[Any, dict[str, parity.Parity]]]:
         return {}
 
-    def problem(self, family: str, dtype: torch.dtype, case: cases.Case) -> tuple[harness.Problem, dict]:
-        """The gated problem and its parities; the last one is kept, for the next mode of the same case."""
+    def problem(
+        self, make: Callable[..., Any], family: str, dtype: torch.dtype, case: Any
+    ) -> tuple[Any, dict[str, parity.Parity]]:
+        """The gated problem make(library, family, dtype, case, device) and its parities; the last one is
+        kept, for the next mode of the same case."""
         key = (family, dtype, case)
         if key not in self._problems:
             self._problems.clear()
@@ -135,10 +139,37 @@ class Session:
             elif self.quick:
                 budget = QUICK_GATE_FLOPS[dtype]
             gated = case if budget is None else case.scaled(family, budget)
-            gates = harness.Problem(self.library, family, dtype, gated, self.device).gate()
+            gates = make(self.library, family, dtype, gated, self.device).gate()
             measured = case if self.measuring else gated
-            self._problems[key] = harness.Problem(self.library, family, dtype, measured, self.device), gates
+            self._problems[key] = make(self.library, family, dtype, measured, self.device), gates
         return self._problems[key]
+
+    def time(self, benchmark: Any, steps: dict[str, Callable], target: str) -> harness.Interleaved:
+        """Interleaved rounds of `steps`; without measuring, each runs once.
+
+        pytest-benchmark drives the rounds: its target is seqkern's block, its (untimed) set-up every peer's.
+        """
+        interleaved = harness.Interleaved(steps)
+        others = [name for name in interleaved.steps if name != target]
+        budget, rounds, done = QUICK if self.quick else FULL, 1, 0
+        if self.measuring:
+            rounds = budget.rounds(interleaved.warm_up())
+        start = time.perf_counter()
+
+        def peers() -> None:
+            nonlocal done
+            if self.measuring and budget.spent(time.perf_counter() - start, done):
+                raise harness.OutOfTimeError
+            done += 1
+            for name in others:
+                interleaved.block(name)
+
+        with harness.no_collection():
+            try:
+                benchmark.pedantic(lambda: interleaved.block(target), setup=peers, rounds=rounds)
+            except harness.OutOfTimeError:
+                benchmark.has_error = False  # the rounds that were done count
+        return interleaved
 
 
 @pytest.fixture(scope="session")
@@ -178,10 +209,7 @@ SESSION: pytest.StashKey[Session] = pytest.StashKey()
 
 @pytest.fixture
 def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, str, str], None]:
-    """measure(family, dtype, case, mode): the gate, then interleaved rounds; a plain check runs each once.
-
-    pytest-benchmark drives the rounds: its target is seqkern's block, its (untimed) set-up every peer's.
-    """
+    """measure(family, dtype, case, mode): the gate, then interleaved rounds; a plain check runs each once."""
 
     def run(family: str, dtype_name: str, case_name: str, mode: str) -> None:
         session, case, dtype = bench_session, BY_NAME[case_name], getattr(torch, dtype_name)
@@ -189,31 +217,12 @@ def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, st
         parts = ["forward"] if mode == "forward" else ["training", "backward"]
         ids = [f"{family}-{dtype_name}-{name}-{part}" for name in names for part in parts]
         try:
-            problem, gates = session.problem(family, dtype, case)
+            problem, gates = session.problem(harness.Problem, family, dtype, case)
         except Exception:
             session.drop(family, ids)
             raise
-        interleaved = harness.Interleaved(problem.steps(mode))
-        target = "seqkern" if "seqkern" in interleaved.steps else "lengths"
-        others = [name for name in interleaved.steps if name != target]
-        budget, rounds, done = QUICK if session.quick else FULL, 1, 0
-        if session.measuring:
-            rounds = budget.rounds(interleaved.warm_up())
-        start = time.perf_counter()
-
-        def peers() -> None:
-            nonlocal done
-            if session.measuring and budget.spent(time.perf_counter() - start, done):
-                raise harness.OutOfTimeError
-            done += 1
-            for name in others:
-                interleaved.block(name)
-
-        with harness.no_collection():
-            try:
-                benchmark.pedantic(lambda: interleaved.block(target), setup=peers, rounds=rounds)
-            except harness.OutOfTimeError:
-                benchmark.has_error = False  # the rounds that were done count
+        steps = problem.steps(mode)
+        interleaved = session.time(benchmark, steps, "seqkern" if "seqkern" in steps else "lengths")
         if session.measuring:
             for entry in harness.speed_entries(interleaved, problem, mode, gates):
                 session.record("speed", entry)
@@ -270,6 +279,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 f"{entry['id']:34s} busy / alone: torch.nn {entry['torch']['ratio']:.2f}, "
                 f"seqkern {entry['seqkern']['ratio']:.2f}"
             )
+    for entry in session.new.get(attention.FAMILY, {}).get("attention", []):
+        times = [f"{name} {spread['median'] * 1e3:.3f}" for name, spread in entry["peers"].items()]
+        mark = {"slower": "  SLOWER", "even": "  even", "faster": ""}[entry["verdict"]]
+        terminalreporter.write_line(
+            f"{entry['id']:50s} {entry['ratio']:7.2f}x  {', '.join(times)}  /  "
+            f"{entry['seqkern']['median'] * 1e3:.3f} ms  {entry['seqkern']['rounds']:3d} rounds  "
+            f"{entry['gflops']:7.1f} GF/s{mark}"
+        )
     busy = (session.facts or {}).get("busy_elsewhere") or 0
     if busy > machine_facts.QUIET:
         terminalreporter.write_line(

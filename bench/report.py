@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import cases, limits, store
+from bench import attention, cases, limits, store
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -89,9 +89,15 @@ def floor_ratio(results: Results, entry: Entry, side: str = "seqkern") -> float 
     return entry[side]["median"] / (entry["steps"] * entry["recurrent_bytes"] / (rate * 1e9))
 
 
+def whole_passes(results: Results) -> list[Entry]:
+    """All that was measured but backward passes on their own, which are on the machine's page only."""
+    found = [*results.speed.values(), *results.kinds["attention"].values()]
+    return [entry for entry in found if entry["mode"] != "backward"]
+
+
 def slower(results: Results) -> list[Entry]:
-    """Whole passes that lose to torch.nn; a backward pass on its own is on the machine's page only."""
-    return [e for e in results.speed.values() if e["verdict"] == "slower" and e["mode"] != "backward"]
+    """Whole passes that lose to torch.nn (attention: to its fastest peer)."""
+    return [entry for entry in whole_passes(results) if entry["verdict"] == "slower"]
 
 
 # --- markdown ----------------------------------------------------------------------------------------------
@@ -317,9 +323,70 @@ def neighbour_table(results: Results) -> str:
     return table(["one core busy ÷ alone, seqkern / torch.nn", *cases.NEIGHBOUR], rows) if rows else ""
 
 
+def find_attention(results: Results, dtype: str, case: str, mode: str) -> Entry | None:
+    return results.kinds["attention"].get(f"{attention.FAMILY}-{dtype}-{case}-{mode}")
+
+
+def attention_targets(results: Results) -> str:
+    """What MultiHeadAttention is held to on a CPU; "lengths" leaves padded queries out too."""
+    if results.machine["device"] != "cpu":
+        return ""
+    rows = []
+    for target in attention.TARGETS:
+        entries = [
+            find_attention(results, "float32", f"{target.case}{form}", "training")
+            for form in ("", "-lengths")
+        ]
+        if entries[0] is not None:
+            rows.append(
+                [target.title, verdict_cell(entries[0]["ratio"], target.ratio), ratio_cell(entries[1])]
+            )
+    head = ["MultiHeadAttention (B, L, N, E), fwd+bwd", "`key_padding_mask`", "`lengths`, `query_lengths`"]
+    return table(head, rows) if rows else ""
+
+
+def attention_table(results: Results) -> str:
+    """MultiHeadAttention, forward / forward + backward, by kind of mask."""
+    variants = {
+        "full": "",
+        "causal": "-causal",
+        "padded": "-padded",
+        "padded, causal": "-padded-causal",
+    }
+    columns = {title: (suffix, "") for title, suffix in variants.items()}
+    columns |= {f"{title}, `lengths`": (suffix, "-lengths") for title, suffix in list(variants.items())[2:]}
+    rows = []
+    for dtype, short in DTYPES.items():
+        for name, shape in attention.SHAPES.items():
+            for weights in ("", "-weights"):
+                cells = []
+                for suffix, form in columns.values():
+                    pair = [
+                        ratio_cell(find_attention(results, dtype, f"{name}{suffix}{weights}{form}", mode))
+                        for mode in ("forward", "training")
+                    ]
+                    cells.append(" / ".join(pair) if any(pair) else "")
+                if any(cells):
+                    rows.append([f"{shape} {short}{', weights' * bool(weights)}", *cells])
+    head = ["MultiHeadAttention (B, L, N, E), fwd / fwd+bwd", *columns]
+    return table(head, rows) if rows else ""
+
+
+def attention_functions(results: Results) -> str:
+    """scaled_dot_product_attention against its fastest peer."""
+    unit, scale = ("TFLOP/s", 1e3) if results.machine["device"] == "cuda" else ("GF/s", 1)
+    rows = []
+    for entry in results.kinds["attention"].values():
+        if entry["level"] == "function" and entry["mode"] != "backward":
+            rates = f"{entry['gflops'] / scale:.0f} / {entry['best_gflops'] / scale:.0f}"
+            name = f"{entry['case']} ({entry['shape']}) {DTYPES[entry['dtype']]} {entry['mode']}"
+            rows.append([name, ratio_cell(entry), entry["best"], rates])
+    head = ["scaled_dot_product_attention", "ratio", "its fastest peer", f"{unit}, seqkern / peer"]
+    return table(head, rows) if rows else ""
+
+
 def losses_line(results: Results) -> str:
-    measured = [entry for entry in results.speed.values() if entry["mode"] != "backward"]
-    lost = slower(results)
+    measured, lost = whole_passes(results), slower(results)
     if not lost:
         return f"Slower than torch.nn in none of {len(measured)} measurements."
     names = ", ".join(
@@ -348,6 +415,9 @@ def machine_section(results: Results) -> str:
         limit_table(results),
         memory_table(results),
         neighbour_table(results),
+        attention_targets(results),
+        attention_table(results),
+        attention_functions(results),
         f"![Speed relative to torch.nn, by case]({page}/speed.png)",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -386,6 +456,22 @@ def detail_page(results: Results) -> str:
         "of the limit",
         "closest to its bound",
     ]
+    for entry in results.kinds["attention"].values():
+        spreads = [entry["peers"][entry["best"]], entry["seqkern"]]
+        times = [f"{seconds(s['median'])} ({seconds(s['p20'])}–{seconds(s['p80'])})" for s in spreads]
+        parity = entry["parity"]
+        rows.append(
+            [
+                entry["id"],
+                ratio_cell(entry),
+                f"{entry['best']} {times[0]}",
+                times[1],
+                str(entry["seqkern"]["rounds"]),
+                f"{entry['gflops']:.0f}",
+                "",
+                f"{parity['worst']}: {parity['error']:.2g} (torch {parity['torch_error']:.2g})",
+            ]
+        )
     text = (
         f"# {results.machine['model']}\n\n"
         "Generated by `python -m bench.report` from the JSON beside it: do not edit.\n\n"

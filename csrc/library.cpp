@@ -52,6 +52,18 @@ TORCH_LIBRARY(seqkern, library) {
       " Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor reserve, bool need_dx, bool "
       "need_dparams)"
       " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+  // Attention's pieces (params.h), for seqkern/ops/attention_cpu.py, which has the operators that
+  // autograd knows. q, k, v [B, heads, rows, E]; pieces [n, 9] int64; mask [B, N, L, S] float or
+  // bool; weights [B, N or 1, L, S] float, zero.
+  library.def(
+      "attention_pieces_forward(Tensor q, Tensor k, Tensor v, Tensor pieces, Tensor? mask, "
+      "Tensor? key_valid, Tensor? query_valid, Tensor? seed, float scale, int left, int right, "
+      "float dropout_p, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!)? weights) -> ()");
+  library.def(
+      "attention_pieces_backward(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,"
+      " Tensor pieces, Tensor? mask, Tensor? key_valid, Tensor? query_valid, Tensor? seed, "
+      "float scale, int left, int right, float dropout_p, Tensor(a!)? dq, Tensor(b!)? dk, "
+      "Tensor(c!)? dv) -> ()");
 }
 
 PYBIND11_MODULE(_C, module) {

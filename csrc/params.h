@@ -86,6 +86,63 @@ struct BackwardParams : LayerParams {
   WeightGradients dweights[2];  // [D]
 };
 
+// ---- attention ----------------------------------------------------------------------------------
+//
+// Letters: N query heads, Nk heads of keys and values, L queries, S keys, E head dim of q and k, Ev
+// of v.
+
+// One sequence. Its rows lie at batch, from query_row and key_row on; it is told by its own counts:
+// its query i is the l0 + i-th, its key j the s0 + j-th, and dropout counts by these and
+// `sequence`.
+struct AttentionPiece {
+  int64_t batch, sequence;
+  int64_t l0, L, query_row;
+  int64_t s0, S, key_row;
+  int64_t offset;  // the diagonal: (s0 + j) - (l0 + i) - offset = 0
+};
+
+// Element (batch, head, row, e) is at data[batch * of_batch + head * of_head + row * of_row + e].
+struct HeadTensor {
+  void* data;  // may be null: absent, or not wanted
+  int64_t of_batch, of_head, of_row;
+};
+
+struct AttentionParams {
+  Dtype dtype;  // f32, bf16 or f16
+  int64_t N, Nk, E, Ev;
+  int threads;
+  int64_t pieces;
+  const AttentionPiece* piece;  // [pieces]
+  HeadTensor q, k, v;           // rows of E, E, Ev; the heads of k and v are Nk
+  // Added to the scores, or, of bytes, blocking where it is 0. Null: none. Strides may be 0.
+  const float* bias;
+  const uint8_t* allowed;
+  int64_t mask_of_batch, mask_of_head, mask_of_query, mask_of_key;
+  const uint8_t* key_valid;  // [B, S] or null; where it is 0, k and v are zero
+  int64_t key_valid_of_batch;
+  const uint8_t* query_valid;  // [B, L] or null
+  int64_t query_valid_of_batch;
+  float scale;
+  int64_t left, right;  // keys with -left <= s - l - offset <= right are allowed; -1: no limit
+  float dropout_p;      // below 1
+  int64_t seed;
+  void* scratch;  // as many bytes as the *_scratch function asked for, 64-byte aligned
+};
+
+// Overwrites out, lse and weights where a piece has queries (and keys).
+struct AttentionForwardParams : AttentionParams {
+  HeadTensor out;      // rows of Ev
+  HeadTensor lse;      // float, rows of 1; may be absent
+  HeadTensor weights;  // float, rows of S; the batch dim counts sequences; may be absent
+  bool average;        // weights: the heads' mean, of_head is 0
+};
+
+// Overwrites dq where a piece has queries, dk and dv where it has keys.
+struct AttentionBackwardParams : AttentionParams {
+  HeadTensor dout, out, lse;  // as forward's
+  HeadTensor dq, dk, dv;      // as q, k, v
+};
+
 // One instruction set's kernels.
 struct KernelTable {
   const char* name;
@@ -93,6 +150,10 @@ struct KernelTable {
   void (*forward)(const ForwardParams&);
   size_t (*backward_scratch)(const BackwardParams&);  // bytes
   void (*backward)(const BackwardParams&);
+  size_t (*attention_forward_scratch)(const AttentionForwardParams&);
+  void (*attention_forward)(const AttentionForwardParams&);
+  size_t (*attention_backward_scratch)(const AttentionBackwardParams&);
+  void (*attention_backward)(const AttentionBackwardParams&);
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

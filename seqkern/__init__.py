@@ -1,14 +1,32 @@
 """The layers of the classic sequence models as drop-ins for torch.nn, each on a kernel written for it.
 
-seqkern.LSTM, GRU, RNN and their cells: torch.nn's constructors, parameters, results and gradients.
+seqkern.LSTM, GRU, RNN, their cells, MultiHeadAttention and the Transformer's layers: torch.nn's
+constructors, parameters, results and gradients.
 """
 
 import warnings
 
 from seqkern import _extension, nn, ops, reference
 from seqkern.info import info
-from seqkern.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from seqkern.ops import use_backend
+from seqkern.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    DecoderLayerCache,
+    GRUCell,
+    KeyValueCache,
+    LSTMCell,
+    MultiHeadAttention,
+    MultiheadAttention,
+    RNNCell,
+    Transformer,
+    TransformerCache,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+from seqkern.ops import scaled_dot_product_attention, use_backend, varlen_attention
 
 __version__ = "0.1.0"
 
@@ -16,16 +34,40 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "DecoderLayerCache",
     "GRUCell",
+    "KeyValueCache",
     "LSTMCell",
+    "MultiHeadAttention",
+    "MultiheadAttention",
     "RNNCell",
+    "Transformer",
+    "TransformerCache",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "__version__",
     "info",
     "nn",
     "ops",
     "reference",
+    "scaled_dot_product_attention",
+    "tune",
     "use_backend",
+    "varlen_attention",
 ]
+
+
+def tune(*problem, **options):
+    """Search the fastest tiles of attention's Triton kernels for a problem on the current GPU; store them.
+
+    Arguments, result and errors: seqkern.triton.tune, which loads Triton.
+    """
+    from seqkern import triton
+
+    return triton.tune(*problem, **options)
+
 
 if not _extension.AVAILABLE:
     warnings.warn(f"seqkern runs on its eager backend only: {_extension.WHY_NOT}", stacklevel=2)

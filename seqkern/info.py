@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 
 from seqkern import _extension
+from seqkern.ops._backend import WHY_NO_TRITON
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def info() -> Info:
             "eager": None,
             "cpu": _extension.WHY_NOT,
             "cuda": "not written yet: this version has no CUDA kernels",
-            "triton": "not written yet: this version has no Triton kernels",
+            "triton": WHY_NO_TRITON or (None if torch.cuda.is_available() else "needs a CUDA device"),
         },
         instruction_sets=extension.instruction_sets() if extension else [],
         instruction_set=extension.instruction_set() if extension else None,

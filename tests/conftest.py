@@ -18,6 +18,11 @@ from hypothesis import HealthCheck, settings
 # another process wants a core. OpenMP reads it when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Without a GPU Triton's kernels run in its interpreter. Triton reads this when it is first imported, which
+# torch.compile does.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import cases`, also in a spawned worker

@@ -1,5 +1,6 @@
 """The choice of a backend: the table, the reasons for a refusal, and the caller's wish."""
 
+import re
 import threading
 
 import pytest
@@ -94,19 +95,102 @@ def test_a_named_backend_refuses_with_the_reason(device, dtype, keywords, reason
     assert choose("lstm", device, dtype, **keywords) == "eager"
 
 
+NO_TRITON = "Triton is not installed: pip install triton"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "keywords", "expected"),
+    [
+        ("cpu", torch.float32, {}, "cpu"),
+        ("cpu", torch.float64, {}, "cpu"),
+        ("cpu", torch.bfloat16, {"head_dim": 320}, "cpu"),
+        ("cpu", torch.float16, {"missing": NO_TRITON}, "cpu"),
+        ("cpu", torch.float32, {"interpreted": True}, "cpu"),
+        ("cpu", torch.complex64, {}, "eager"),
+        ("cpu", torch.float32, {"transformed": True}, "eager"),
+        ("cpu", torch.float32, {"wish": "eager"}, "eager"),
+        ("cpu", torch.float32, {"wish": "cpu"}, "cpu"),
+        ("cpu", torch.float32, {"wish": "triton", "interpreted": True}, "triton"),
+        ("cpu", torch.float64, {"wish": "triton", "interpreted": True, "head_dim": 256}, "triton"),
+        ("meta", torch.float32, {}, "eager"),
+        ("cuda", torch.float32, {}, "triton"),
+        ("cuda", torch.bfloat16, {"head_dim": 256}, "triton"),
+        ("cuda", torch.float16, {"wish": "triton", "head_dim": 1}, "triton"),
+        ("cuda", torch.float64, {}, "eager"),
+        ("cuda", torch.float32, {"head_dim": 257}, "eager"),
+        ("cuda", torch.float32, {"missing": NO_TRITON}, "eager"),
+        ("cuda", torch.float32, {"transformed": True}, "eager"),
+        ("cuda", torch.float32, {"wish": "eager", "missing": NO_TRITON}, "eager"),
+        ("mps", torch.float32, {}, "eager"),
+    ],
+)
+def test_choice_for_attention(device, dtype, keywords, expected):
+    assert choose("attention", device, dtype, **keywords) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "keywords", "reason"),
+    [
+        ("cpu", "cuda", torch.float32, {}, "cpu needs tensors on a CPU, got cuda"),
+        ("cpu", "cpu", torch.complex64, {}, "cpu computes float32, float64, bfloat16 and float16, got"),
+        ("cpu", "cpu", torch.float32, {"transformed": True}, "cpu has no rule for torch.func transforms"),
+        ("triton", "cpu", torch.float32, {}, "triton needs tensors on a CUDA device, got cpu"),
+        (
+            "triton",
+            "cuda",
+            torch.float64,
+            {},
+            "triton computes float32, bfloat16 and float16, got torch.float64",
+        ),
+        ("triton", "cuda", torch.float32, {"head_dim": 320}, "triton needs head_dim <= 256, got 320"),
+        (
+            *("triton", "cpu", torch.float32),
+            {"head_dim": 320, "interpreted": True},
+            "triton needs head_dim <= 256, got 320",
+        ),
+        ("triton", "cuda", torch.float32, {"missing": NO_TRITON}, f"triton: {NO_TRITON}"),
+        (
+            "triton",
+            "cuda",
+            torch.float32,
+            {"transformed": True},
+            "triton has no rule for torch.func transforms",
+        ),
+    ],
+)
+def test_a_named_backend_refuses_attention_with_the_reason(backend, device, dtype, keywords, reason):
+    assert refusal(backend, "attention", device, dtype, **keywords).startswith(reason)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' was asked for: " + re.escape(reason)):
+        choose("attention", device, dtype, wish=backend, **keywords)
+    assert choose("attention", device, dtype, **keywords) in {"eager", "cpu", "triton"} - {backend}
+
+
 @pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("missing", [None, NO_COMPILER])
+def test_triton_has_no_recurrent_kernels(op, missing):
+    for device in ("cpu", "cuda"):
+        expected = f"triton has no kernel for {op}"
+        assert refusal("triton", op, device, torch.float32, missing=missing, interpreted=True) == expected
+    with pytest.raises(RuntimeError, match=f"backend 'triton' was asked for: {expected}"):
+        request_for(op)(backend="triton")
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru", "attention"])
 def test_the_eager_backend_never_refuses(op):
     assert refusal("eager", op, "cuda", torch.complex128, transformed=True, missing=NO_COMPILER) is None
 
 
 def test_an_unknown_backend_is_a_value_error():
-    expected = "backend: expected one of eager, cpu or None, got 'cudnn'"
+    expected = "backend: expected one of eager, cpu, triton or None, got 'cudnn'"
     with pytest.raises(ValueError, match=expected):
         choose("lstm", "cpu", torch.float32, wish="cudnn")
     with pytest.raises(ValueError, match=expected), seqkern.use_backend("cudnn"):
         pass
     with pytest.raises(ValueError, match=expected):
         request_for("gru")(backend="cudnn")
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=expected):
+        seqkern.scaled_dot_product_attention(x, x, x, backend="cudnn")
 
 
 # ---- the wish ----------------------------------------------------------------------------------------------
@@ -173,6 +257,52 @@ def test_modules_follow_the_wish(cls, cpu_backend):
     assert len(operators_of(lambda: layer(x))) == 2
     with seqkern.use_backend("eager"):
         assert operators_of(lambda: layer(x)) == []
+
+
+def test_attention_follows_the_wish():
+    layer, x = seqkern.MultiHeadAttention(8, 2), torch.randn(4, 2, 8)
+    heads, cu = torch.randn(2, 3, 4, 8), torch.tensor([0, 3, 4])
+    calls = [
+        lambda **wish: seqkern.scaled_dot_product_attention(heads, heads, heads, **wish),
+        lambda **wish: seqkern.varlen_attention(x, x, x, cu, **wish),
+        lambda: layer(x, x, x),
+        lambda: layer(x, x, x, lengths=torch.tensor([1, 2]), need_weights=False),
+    ]
+    for call in calls:
+        assert operators_of(call) == ["attention_forward"]
+        with seqkern.use_backend("eager"):
+            assert operators_of(call) == []
+            with seqkern.use_backend("cpu"):
+                assert operators_of(call) == ["attention_forward"]
+    for call in calls[:2]:
+        assert operators_of(lambda call=call: call(backend="eager")) == []
+        with seqkern.use_backend("eager"):
+            assert operators_of(lambda call=call: call(backend="cpu")) == ["attention_forward"]
+
+
+def test_attention_needs_no_extension(monkeypatch):
+    """Its CPU backend is Python."""
+    monkeypatch.setattr(_backend, "WHY_NO_KERNELS", NO_COMPILER)
+    layer, x = seqkern.MultiHeadAttention(8, 2), torch.randn(4, 2, 8)
+    with seqkern.use_backend("cpu"):
+        assert operators_of(lambda: layer(x, x, x)) == ["attention_forward"]
+
+
+def test_without_triton_attention_says_so(monkeypatch):
+    monkeypatch.setattr(_backend, "WHY_NO_TRITON", NO_TRITON)
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(RuntimeError, match="backend 'triton' was asked for: triton: Triton is not installed"):
+        seqkern.scaled_dot_product_attention(x, x, x, backend="triton")
+    assert operators_of(lambda: seqkern.scaled_dot_product_attention(x, x, x)) == ["attention_forward"]
+
+
+def test_the_interpreter_serves_only_who_asks(monkeypatch):
+    x = torch.randn(1, 2, 3, 4)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="triton needs tensors on a CUDA device, got cpu"):
+        seqkern.scaled_dot_product_attention(x, x, x, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert operators_of(lambda: seqkern.scaled_dot_product_attention(x, x, x)) == ["attention_forward"]
 
 
 @pytest.mark.parametrize("cls", [seqkern.RNNCell, seqkern.LSTMCell, seqkern.GRUCell])

@@ -64,8 +64,11 @@ def test_one_openmp_runtime(tmp_path: Path) -> None:
 
 
 def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
+    """Nor does attention on a CPU."""
     python(
         "import sys, torch; before = set(sys.modules); import seqkern\n"
+        "x = torch.randn(1, 2, 3, 4, requires_grad=True)\n"
+        "seqkern.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.1).sum().backward()\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = new & {'triton', 'matplotlib', 'tokenizers', 'transformers', 'pandas', 'hypothesis'}\n"
         "assert not heavy, heavy\n"
@@ -94,6 +97,9 @@ def test_without_extension_it_says_so_once_and_works(package_copy: Path) -> None
         "print(seqkern.__file__)\n"
         "y, h = seqkern.GRU(3, 4)(torch.randn(5, 2, 3))\n"
         "assert y.shape == (5, 2, 4) and h.shape == (1, 2, 4)\n"
+        "attention, x = seqkern.MultiHeadAttention(8, 2), torch.randn(5, 2, 8, requires_grad=True)\n"
+        "with seqkern.use_backend('cpu'):  # attention's is Python\n"
+        "    attention(x, x, x, lengths=torch.tensor([5, 2]), is_causal=True)[0].sum().backward()\n"
         "assert seqkern.info().backends['cpu'], 'must say why'\n"
         "print(seqkern.info())",
         cwd=package_copy,
@@ -172,8 +178,11 @@ def test_install_without_extension(variable: str, value: str, reason: str, tmp_p
     assert not list((target / "seqkern").glob("_C.*"))
     run = python(
         "import seqkern, torch; print(seqkern.__file__)\n"
-        "print(seqkern.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape)",
+        "print(seqkern.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape)\n"
+        "x = torch.randn(5, 2, 8); print(seqkern.MultiHeadAttention(8, 2)(x, x, x)[0].shape)",
         cwd=target,
         path=target,
     )
-    assert run.stdout.splitlines() == [str(target / "seqkern" / "__init__.py"), "torch.Size([5, 2, 4])"]
+    where, *shapes = run.stdout.splitlines()
+    assert where == str(target / "seqkern" / "__init__.py")
+    assert shapes == ["torch.Size([5, 2, 4])", "torch.Size([5, 2, 8])"]

@@ -9,6 +9,7 @@ import seqkern
 from seqkern import __main__ as command_line
 from seqkern import _extension
 from seqkern.info import Info
+from seqkern.ops import _backend
 
 needs_extension = pytest.mark.skipif(not _extension.AVAILABLE, reason=f"{_extension.WHY_NOT}")
 
@@ -21,8 +22,13 @@ def test_info_names_versions_and_backends() -> None:
     assert set(found.backends) == {"eager", "cpu", "cuda", "triton"}
     assert found.backends["eager"] is None, "the eager backend runs everywhere"
     assert found.backends["cpu"] == _extension.WHY_NOT
-    for name in ("cuda", "triton"):
-        assert found.backends[name], f"{name} must say why it is missing"
+    assert found.backends["cuda"], "cuda must say why it is missing"
+    if _backend.WHY_NO_TRITON:
+        assert found.backends["triton"] == _backend.WHY_NO_TRITON
+    else:
+        expected = None if torch.cuda.is_available() else "needs a CUDA device"
+        assert found.backends["triton"] == expected
+    assert set(_backend.BACKENDS) <= set(found.backends)
 
 
 @needs_extension

@@ -489,9 +489,7 @@ struct Backward : Layer<S, CellOf> {
       for (int64_t panel = 0; panel < ceil_div(N, kPanel); panel++) {
         const int nv = Base::nv_of(N, panel);
         const int64_t columns = N - panel * kPanel;
-        const Row* shifted[kBlockK];
-        for (int64_t k = 0; k < K; k++) shifted[k] = b[k0 + k] + panel * kPanel;
-        pack_panel_of_columns(mine.b, shifted, K, nv, columns);
+        pack_panel_of_columns(mine.b, b + k0, K, nv, columns, panel * kPanel);
         for (int64_t m = m0; m < m1; m += kTile) {
           const int64_t r = m1 - m < kTile ? m1 - m : kTile;
           C* o = out + m * N + panel * kPanel;

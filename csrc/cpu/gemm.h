@@ -92,6 +92,24 @@ struct PointerRows {
   }
 };
 
+// The columns of a matrix that lies in a near cache: a(r, k) = data[k * ld + r].
+template <class A>
+struct ColumnRows {
+  const A* data;
+  int64_t ld;
+  ColumnRows from(int64_t r) const { return {data + r, ld}; }
+  template <int R>
+  struct Bound {
+    const A* data;
+    int64_t ld;
+    SEQKERN_INLINE const A* at(int r, int64_t k) const { return data + k * ld + r; }
+  };
+  template <int R>
+  SEQKERN_INLINE Bound<R> bind() const {
+    return {data, ld};
+  }
+};
+
 // Of one tile, packed as [K / kPair][R][kPair] (R is the tile's own number of rows).
 template <class A>
 struct PackedRows {
@@ -430,20 +448,22 @@ SEQKERN_INLINE VecU load_bits(const bf16* p, int64_t n) {
   return __builtin_convertvector(bits, VecU);
 }
 
-// panel(k, n) = row[k][n] for n < columns, else 0: outputs are columns, one pointer per k.
+// panel(k, n) = row[k][first + n] for n < columns, else 0: outputs are columns, one pointer per k.
 template <class A, class S>
-void pack_panel_of_columns(A* panel, const S* const* row, int64_t K, int nv, int64_t columns) {
+void pack_panel_of_columns(A* panel, const S* const* row, int64_t K, int nv, int64_t columns,
+                           int64_t first = 0) {
   using C = Compute<A>;
   constexpr int L = kLanes<C>, P = kPair<A>;
   for (int64_t k = 0; k < round_up(K, kDeep<A>); k += P)
     for (int v = 0; v < nv; v++) {
       A* out = panel + (k / P * nv + v) * L * P;
       if constexpr (P == 1) {
-        store(out, load_first(row[k] + v * L, columns - v * L));
+        store(out, load_first(row[k] + first + v * L, columns - v * L));
       } else {
         static_assert(sizeof(S) == sizeof(A));  // pairs are bf16 on both sides: no conversion
-        const VecU even = k < K ? load_bits(row[k] + v * L, columns - v * L) : VecU{};
-        const VecU odd = k + 1 < K ? load_bits(row[k + 1] + v * L, columns - v * L) : VecU{};
+        const int64_t n = first + v * L;
+        const VecU even = k < K ? load_bits(row[k] + n, columns - v * L) : VecU{};
+        const VecU odd = k + 1 < K ? load_bits(row[k + 1] + n, columns - v * L) : VecU{};
         const VecU pairs = even | odd << 16;
         memcpy(out, &pairs, sizeof pairs);
       }

@@ -1,6 +1,7 @@
-// One instruction set's kernels, behind one table: compiled once per instruction set, in a
-// namespace of its name. Nothing here may call inline functions of the standard library: the linker
-// keeps one copy of those, and it could be the one compiled for the newest instruction set.
+// One instruction set's kernels (attention's are in attention_kernels.cpp), behind one table:
+// compiled once per instruction set, in a namespace of its name. Nothing here may call inline
+// functions of the standard library: the linker keeps one copy of those, and it could be the one
+// compiled for the newest instruction set.
 #include "kernels.h"
 
 #include <time.h>
@@ -9,6 +10,13 @@
 
 namespace seqkern {
 namespace SEQKERN_ISA {
+
+// attention_kernels.cpp
+size_t attention_forward_scratch(const AttentionForwardParams& p);
+void attention_forward(const AttentionForwardParams& p);
+size_t attention_backward_scratch(const AttentionBackwardParams& p);
+void attention_backward(const AttentionBackwardParams& p);
+
 namespace {
 
 template <class Pass, class Params>
@@ -178,6 +186,10 @@ const KernelTable& kernel_table() {
                                         forward,
                                         backward_scratch,
                                         backward,
+                                        attention_forward_scratch,
+                                        attention_forward,
+                                        attention_backward_scratch,
+                                        attention_backward,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};

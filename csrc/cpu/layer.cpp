@@ -3,14 +3,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <numeric>
 
 #include "dispatch.h"
+#include "launch.h"
 
 namespace seqkern {
 namespace {
@@ -25,22 +22,6 @@ int64_t saved_of(CellKind cell) {
   return cell == CellKind::lstm ? 5 : cell == CellKind::gru ? 4 : 0;
 }
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    default:
-      TORCH_CHECK_TYPE(false, "x: expected float32, float64, bfloat16 or float16, got ",
-                       x.scalar_type());
-  }
-}
-
 void check(const char* name, const Tensor& tensor, const Tensor& x, at::IntArrayRef shape) {
   TORCH_CHECK(tensor.device().is_cpu(), name, ": expected a CPU tensor, got ", tensor.device());
   TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, ": expected ", x.scalar_type(),
@@ -51,24 +32,6 @@ void check(const char* name, const Tensor& tensor, const Tensor& x, at::IntArray
 // A tensor whose rows are contiguous: itself where it can be.
 Tensor with_rows(const Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
-// Large fresh memory is mapped page by page as it is first written, and 4 KiB pages make that a
-// cost beside the kernels': ask for large ones. A hint: nothing depends on it.
-void prefer_large_pages(const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t kLarge = uintptr_t(2) << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t last = (begin + tensor.nbytes()) / kLarge * kLarge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-Tensor new_empty(at::IntArrayRef shape, const at::TensorOptions& options) {
-  Tensor tensor = at::empty(shape, options);
-  prefer_large_pages(tensor);
-  return tensor;
 }
 
 // One layer's call, its arguments checked: sizes, the order of the rows, and the tensors kept
@@ -214,17 +177,6 @@ class Call {
   std::vector<Tensor> weights;
   Weights kernel_weights[2];
 };
-
-// Runs a kernel with the scratch memory it asks for.
-template <class Params>
-void launch(Params& p, size_t (*bytes)(const Params&), void (*run)(const Params&)) {
-  constexpr size_t kAlign = 64;
-  p.scratch = nullptr;
-  const Tensor scratch = new_empty({int64_t(bytes(p) + kAlign)}, at::kByte);
-  const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  p.scratch = reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
-  run(p);
-}
 
 }  // namespace
 

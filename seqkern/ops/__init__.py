@@ -2,8 +2,19 @@
 
 from seqkern.ops import _fake  # noqa: F401  (registers the operators' fake kernels)
 from seqkern.ops._backend import use_backend
+from seqkern.ops.attention import scaled_dot_product_attention, varlen_attention
 from seqkern.ops.gru import gru, gru_cell
 from seqkern.ops.lstm import lstm, lstm_cell
 from seqkern.ops.rnn import rnn, rnn_cell
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell", "use_backend"]
+__all__ = [
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "scaled_dot_product_attention",
+    "use_backend",
+    "varlen_attention",
+]

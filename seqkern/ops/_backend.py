@@ -1,9 +1,12 @@
 """Which backend computes an operation: one pure function over a table, and the caller's wish.
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
-cpu     the compiled kernels in csrc/cpu
+cpu     recurrent layers: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
+triton  attention: the kernels in seqkern.triton
 """
 
+import importlib.util
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +15,12 @@ import torch
 
 from seqkern import _extension
 
-BACKENDS = ("eager", "cpu")
+BACKENDS = ("eager", "cpu", "triton")
 
 CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-CPU_OPS = frozenset({"rnn", "lstm", "gru"})
+TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+RECURRENT = frozenset({"rnn", "lstm", "gru"})
+MAX_HEAD_DIM = 256  # of the Triton kernels
 
 
 def _why_no_kernels() -> str | None:
@@ -27,6 +32,19 @@ def _why_no_kernels() -> str | None:
 
 
 WHY_NO_KERNELS: str | None = _why_no_kernels()
+
+
+def _why_no_triton() -> str | None:
+    """Triton itself is not imported before a kernel runs."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+
+
+WHY_NO_TRITON: str | None = _why_no_triton()
+
+
+def triton_interprets() -> bool:
+    """Do Triton's kernels run in its interpreter here, on CPU tensors?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def operator(name: str) -> Callable[..., tuple] | None:
@@ -57,8 +75,8 @@ def current_wish() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every seqkern operation of this thread on the backend `name`, "eager" or "cpu"; None frees the
-    choice.
+    """Run every seqkern operation of this thread on the backend `name`, "eager", "cpu" or "triton"; None
+    frees the choice.
 
     A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
     `backend=` wins over this. Code under torch.compile follows it too, recompiled for each backend, in all
@@ -102,20 +120,32 @@ def refusal(
     *,
     transformed: bool = False,
     missing: str | None = None,
+    head_dim: int = 0,
+    interpreted: bool = False,
 ) -> str | None:
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
     if backend == "eager":
         return None
-    if missing is not None:
+    if op not in RECURRENT | {"attention"} or (backend == "triton" and op in RECURRENT):
+        return f"{backend} has no kernel for {op}"
+    if missing is not None and op in RECURRENT:
         return f"{backend} needs the compiled extension: {missing}"
-    if op not in CPU_OPS:
-        return f"cpu has no kernel for {op}"
-    if device != "cpu":
-        return f"cpu needs tensors on a CPU, got {device}"
-    if dtype not in CPU_DTYPES:
-        return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
+    if missing is not None and backend == "triton":
+        return f"triton: {missing}"
+    if backend == "cpu":
+        if device != "cpu":
+            return f"cpu needs tensors on a CPU, got {device}"
+        if dtype not in CPU_DTYPES:
+            return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
+    else:
+        if device != "cuda" and not interpreted:
+            return f"triton needs tensors on a CUDA device, got {device}"
+        if dtype not in TRITON_DTYPES and not interpreted:
+            return f"triton computes float32, bfloat16 and float16, got {dtype}"
+        if head_dim > MAX_HEAD_DIM:
+            return f"triton needs head_dim <= {MAX_HEAD_DIM}, got {head_dim}"
     if transformed:
-        return "cpu has no rule for torch.func transforms and forward-mode differentiation"
+        return f"{backend} has no rule for torch.func transforms and forward-mode differentiation"
     return None
 
 
@@ -127,25 +157,41 @@ def choose(
     transformed: bool = False,
     wish: str | None = None,
     missing: str | None = None,
+    head_dim: int = 0,
+    interpreted: bool = False,
 ) -> str:
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru"
+        op: "rnn", "lstm", "gru", "attention"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent
         wish: the backend the caller named, None for a free choice
-        missing: why the compiled kernels are not there, None if they are
+        missing: why the kernels are not there, None if they are: a recurrent layer's compiled ones,
+            attention's Triton ones
+        head_dim: the larger of attention's two
+        interpreted: Triton's kernels run in its interpreter, on any device; for tests, never chosen freely
     Raises:
         ValueError: wish is no backend
         RuntimeError: the backend wished for cannot serve the request, with the reason
     """
     if wish is None:
-        why_not = refusal("cpu", op, device, dtype, transformed=transformed, missing=missing)
-        return "cpu" if why_not is None else "eager"
+        for backend in ("cpu", "triton"):
+            why_not = refusal(
+                backend, op, device, dtype, transformed=transformed, missing=missing, head_dim=head_dim
+            )
+            if why_not is None:
+                return backend
+        return "eager"
     _known(wish)
-    why_not = refusal(wish, op, device, dtype, transformed=transformed, missing=missing)
+    why_not = refusal(
+        *(wish, op, device, dtype),
+        transformed=transformed,
+        missing=missing,
+        head_dim=head_dim,
+        interpreted=interpreted,
+    )
     if why_not is not None:
         raise RuntimeError(f"backend {wish!r} was asked for: {why_not}")
     return wish

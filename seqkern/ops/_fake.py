@@ -1,7 +1,8 @@
 """Fake kernels: the shapes, dtypes and devices of the operators' outputs, for torch.compile, torch.export and
 meta tensors.
 
-The schemas are in csrc/library.cpp; without the compiled extension there is nothing to register.
+The recurrent layers' schemas are in csrc/library.cpp; without the compiled extension there is nothing to
+register for them. Attention's are in _attention.py.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqkern.ops import _attention
+from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
 from seqkern.ops._backend import WHY_NO_KERNELS
 
 RESERVE_SLOTS = {"lstm": 5, "gru": 4}  # values kept per step and hidden unit for backward
@@ -72,3 +75,40 @@ OPERATORS = (rnn_forward, gru_forward, lstm_forward, rnn_backward, gru_backward,
 if WHY_NO_KERNELS is None:
     for _kernel in OPERATORS:
         torch.library.register_fake(f"seqkern::{_kernel.__name__}", _kernel)
+
+
+def attention_forward(*arguments):
+    *problem, weights, need_lse = arguments
+    p = Problem(*problem)
+    N, Ev = p.q.shape[1], p.v.shape[-1]
+    lse_dtype = _attention.accumulator(p.q.dtype)
+    if p.cu_q is not None:
+        out = p.q.new_empty((p.q.shape[0], N, Ev))
+        lse = p.q.new_empty((N, p.q.shape[0]), dtype=lse_dtype)
+    else:
+        B, _, L, _ = p.q.shape
+        out = p.q.new_empty((B, L, N, Ev)).transpose(1, 2)
+        lse = p.q.new_empty((B, N, L), dtype=lse_dtype)
+    if not need_lse:
+        lse = p.q.new_empty((0,), dtype=lse_dtype)
+    if weights == NO_WEIGHTS:
+        return out, lse, p.q.new_empty((0,))
+    if p.cu_q is not None:
+        rows = (p.cu_q.shape[0] - 1, p.max_q, p.max_k)
+    else:
+        rows = (p.q.shape[0], p.q.shape[2], p.k.shape[2])
+    return out, lse, p.q.new_empty(rows if weights == AVERAGED else (rows[0], N, *rows[1:]))
+
+
+def attention_backward(dout, dlse, dweights, weights, out, lse, *rest):
+    *problem, need_dq, need_dk, need_dv, need_dbias = rest
+    p = Problem(*problem)
+    found = [
+        torch.empty_like(t) if need else p.q.new_empty((0,))
+        for t, need in ((p.q, need_dq), (p.k, need_dk), (p.v, need_dv))
+    ]
+    return (*found, p.bias.new_empty(p.bias.shape) if need_dbias else p.q.new_empty((0,)))
+
+
+torch.library.register_fake("seqkern::attention_forward", attention_forward)
+torch.library.register_fake("seqkern::attention_backward", attention_backward)

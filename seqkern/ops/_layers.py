@@ -116,7 +116,7 @@ def check(
             letter = "proj_size" if projects and k == 0 else "H"
             letters = f"[B, {letter}] = " if cell else f"[D*num_layers, B, {letter}] = "
             raise _mismatch(name, t, shape, input, letters)
-    return None if lengths is None else _check_lengths(lengths, T, B, device)
+    return None if lengths is None else check_lengths(lengths, T, B, device)
 
 
 def _mismatch(name: str, t: Tensor, shape: tuple[int, ...], input: Tensor, letters: str = "") -> RuntimeError:
@@ -159,28 +159,29 @@ def _check_batch_sizes(batch_sizes: Tensor, N: int) -> tuple[int, int]:
     return len(sizes), sizes[0]
 
 
-def _check_lengths(lengths: Tensor, T: int, B: int, device: torch.device) -> Tensor:
+def check_lengths(lengths: Tensor, T: int, B: int, device: torch.device, name: str = "lengths") -> Tensor:
+    """lengths [B] as int64, each in 0..T."""
     if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths: expected a [B] integer tensor, got {type(lengths).__name__}")
+        raise TypeError(f"{name}: expected a [B] integer tensor, got {type(lengths).__name__}")
     if lengths.dtype not in INTEGERS:
-        raise ValueError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+        raise ValueError(f"{name}: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (B,):
-        raise ValueError(f"lengths: expected [B] = ({B},), got {tuple(lengths.shape)}")
+        raise ValueError(f"{name}: expected [B] = ({B},), got {tuple(lengths.shape)}")
     if lengths.device != device:
-        raise ValueError(f"lengths: expected the device of the input, {device}, got {lengths.device}")
+        raise ValueError(f"{name}: expected the device of the input, {device}, got {lengths.device}")
     if torch.compiler.is_compiling():
         # A graph cannot look at values while it is traced; this looks when it runs.
         in_range = ((lengths >= 0) & (lengths <= T)).all()
-        torch._assert_async(in_range, "lengths: expected values in 0..T")
-    elif device.type == "cpu" and _has_values(lengths):
+        torch._assert_async(in_range, f"{name}: expected values in 0..T")
+    elif device.type == "cpu" and has_values(lengths):
         values = lengths.tolist()
         if values and not (min(values) >= 0 and max(values) <= T):
             b = next(b for b, value in enumerate(values) if not 0 <= value <= T)
-            raise ValueError(f"lengths: expected values in 0..T = 0..{T}, got lengths[{b}] = {values[b]}")
+            raise ValueError(f"{name}: expected values in 0..T = 0..{T}, got {name}[{b}] = {values[b]}")
     return lengths if lengths.dtype is torch.int64 else lengths.to(torch.int64)
 
 
-def _has_values(t: Tensor) -> bool:
+def has_values(t: Tensor) -> bool:
     """False for fake tensors and for those that torch.vmap batches."""
     return type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 

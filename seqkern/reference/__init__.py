@@ -1,11 +1,13 @@
-"""The eager oracle: each layer's formula, literally, in PyTorch, one time step after the other.
+"""The eager oracle: each layer's formula, literally, in PyTorch; a recurrence one time step after
+the other.
 
 Every dtype, differentiable any number of times, right under torch.func; slow. The kernels are checked against
 these functions in float64, and double backward differentiates them.
 """
 
+from seqkern.reference.attention import attention
 from seqkern.reference.gru import gru_layer
 from seqkern.reference.lstm import lstm_layer
 from seqkern.reference.rnn import rnn_layer
 
-__all__ = ["gru_layer", "lstm_layer", "rnn_layer"]
+__all__ = ["attention", "gru_layer", "lstm_layer", "rnn_layer"]

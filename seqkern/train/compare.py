@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from seqkern.nn import MultiHeadAttention
+
 Call = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
@@ -98,6 +100,50 @@ def recurrent(
         inputs=_random([(T, B, input_size), *((rows, B, size) for size in state_sizes)], seed),
         call_peer=call_padded if lengths is None else call_packed,
         call_ours=call_padded if lengths is None else call_packed if packed else call_lengths,
+    )
+
+
+def attention(
+    sizes: tuple[int, int, int, int, int],
+    *,
+    lengths: Sequence[int] | None = None,
+    is_causal: bool = False,
+    need_weights: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Comparison:
+    """MultiHeadAttention against torch.nn's: query, key and value in, output and averaged weights out.
+
+    sizes:    (B, L, S, N, E), E of a head
+    lengths:  of the keys, at least 1; torch.nn gets a key_padding_mask
+    """
+    B, L, S, N, E = sizes
+    padding = None if lengths is None else torch.arange(S) >= torch.tensor(lengths)[:, None]
+    causal = torch.ones(L, S, dtype=torch.bool).triu(1) if is_causal else None
+
+    def call_peer(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = module(*given, key_padding_mask=padding, attn_mask=causal, need_weights=need_weights)
+        return found if need_weights else found[:1]
+
+    def call_ours(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = module(
+            *given,
+            lengths=None if lengths is None else torch.tensor(lengths),
+            is_causal=is_causal,
+            need_weights=need_weights,
+        )
+        return found if need_weights else found[:1]
+
+    options = {"batch_first": True, **options}
+    words = [f"B {B}, L {L}, S {S}, N {N}, E {E}", *(f"{k} {v}" for k, v in options.items())]
+    words += ["lengths"] * (lengths is not None) + ["causal"] * is_causal + ["weights"] * need_weights
+    return Comparison(
+        layer="MultiHeadAttention",
+        case=", ".join(words),
+        build=_twins(nn.MultiheadAttention, MultiHeadAttention, N * E, N, seed, options),
+        inputs=_random([(B, L, N * E), (B, S, N * E), (B, S, N * E)], seed),
+        call_peer=call_peer,
+        call_ours=call_ours,
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import seqkern
 from seqkern import _extension
-from seqkern.train.compare import Comparison, parity, recurrent, recurrent_cell
+from seqkern.train.compare import Comparison, attention, parity, recurrent, recurrent_cell
 
 DTYPES = {
     "float32": torch.float32,
@@ -58,6 +58,13 @@ def layers() -> dict[str, list[Comparison]]:
     ]
     for name, cell_peer, cell in cells:
         rows[name] = [recurrent_cell(cell_peer, cell, (B, 15, 17)) for B in (1, 5)]
+    rows["MultiHeadAttention"] = [
+        attention((3, 17, 17, 4, 16)),
+        attention((3, 33, 17, 2, 15), need_weights=True),
+        attention((4, 65, 65, 2, 40), lengths=[65, 1, 33, 20], is_causal=True),
+        attention((4, 15, 65, 3, 8), lengths=[65, 1, 33, 20], need_weights=True, add_bias_kv=True),
+        attention((1, 129, 129, 1, 64), is_causal=True, need_weights=True),
+    ]
     return rows
 
 

@@ -1,0 +1,19 @@
+"""Triton kernels: imported only where they run, since `import seqkern` loads no Triton.
+
+attention.py launches (attention_forward, attention_weights, attention_backward); forward.py, weights.py,
+backward.py
+and tiles.py hold the kernels; config.py says in what tiles they work and tunes that.
+"""
+
+from seqkern.triton.attention import INTERPRET, attention_backward, attention_forward, attention_weights
+from seqkern.triton.config import Config, tune, use_tuned
+
+__all__ = [
+    "INTERPRET",
+    "Config",
+    "attention_backward",
+    "attention_forward",
+    "attention_weights",
+    "tune",
+    "use_tuned",
+]
