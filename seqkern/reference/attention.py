@@ -66,8 +66,7 @@ def attention(
         allowed = allowed & bias
     elif bias is not None:
         score = score + bias
-        allowed = allowed & (bias != -torch.inf)
-    allowed = allowed.expand(B, N, L, S)
+    allowed = allowed & (score != -torch.inf)
 
     some = allowed.any(-1, keepdim=True)
     score = torch.where(allowed, score, torch.where(some, -torch.inf, 0.0).to(score.dtype))
