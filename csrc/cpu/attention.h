@@ -166,11 +166,26 @@ struct AttentionPass {
     for (int i = 0; i < L; i++) lane[i] = i;
     return lane;
   }
+  // The lanes' sum and maximum, in halves.
+  template <int k, int... lane>
+  static SEQKERN_INLINE VecF rotate(VecF v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, (lane + k) % L...);
+  }
+  template <int k = L / 2>
   static SEQKERN_INLINE float sum(VecF v) {
-    float total = 0;
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++) total += v[i];
-    return total;
+    if constexpr (k == 0)
+      return v[0];
+    else
+      return sum<k / 2>(v + rotate<k>(v, std::make_integer_sequence<int, L>()));
+  }
+  template <int k = L / 2>
+  static SEQKERN_INLINE float maximum(VecF v) {
+    if constexpr (k == 0) {
+      return v[0];
+    } else {
+      const VecF other = rotate<k>(v, std::make_integer_sequence<int, L>());
+      return maximum<k / 2>(v > other ? v : other);
+    }
   }
 
   explicit AttentionPass(const AttentionParams& params) : p(params), dropout(params) {
@@ -226,7 +241,7 @@ struct AttentionPass {
     int64_t first = query_valid(piece, i) ? first_key(piece, i) - j0 : n;
     int64_t last = last_key(piece, i) - j0;
     first = first < 0 ? 0 : first > n ? n : first;
-    last = last < first ? first : last > n ? n : last;
+    last = last < 0 ? 0 : last > n ? n : last;  // at most the piece's keys: masks end there
     VecF largest = VecF{} - kInfinity;
     if (p.bias || p.allowed || p.key_valid) {
       largest = masked_scores(piece, head, i, j0, first, last, n, score);
@@ -250,9 +265,7 @@ struct AttentionPass {
       }
       for (; c < n; c += L) edge(c);
     }
-    float found = -kInfinity;
-#pragma GCC unroll 16
-    for (int e = 0; e < L; e++) found = largest[e] > found ? largest[e] : found;
+    const float found = maximum(largest);
     if (found > -kInfinity) return found;
     for (int64_t c = 0; c < n; c++)  // NaN compares as no larger
       if (score[c] != score[c]) return score[c];
@@ -363,7 +376,7 @@ struct AttentionForward : AttentionPass<S> {
   struct Memory {
     A* k_panels;
     A* v_panels;
-    Rows<S> q;
+    Rows<S, true> q;
     Computed computed;
     float *score, *out, *largest, *total;
     const S** pointer;
@@ -375,7 +388,7 @@ struct AttentionForward : AttentionPass<S> {
       k_panels = scratch.take<A>(ceil_div(pass.longest, W) * panel_size<A>(p.E, kMaxNV));
       v_panels =
           scratch.take<A>(ceil_div(pass.longest, pass.keys) * Base::columns_size(pass.keys, p.Ev));
-      q = Rows<S>::carve(scratch, pass.rows, p.E);
+      q = Rows<S, true>::carve(scratch, pass.rows, p.E);
       computed = Computed::carve(scratch, pass.rows, pass.keys);
       ld_score = odd_lines<float>(pass.keys);
       score = scratch.take<float>(pass.rows * ld_score);
@@ -576,7 +589,7 @@ struct AttentionBackward : AttentionPass<S> {
     A *k_rows, *v_rows, *k_columns;  // panels over all keys
     A *q_columns, *dout_columns;     // panels over the queries of a block
     A* tile;                         // columns of P or dS as rows
-    Rows<S> q, dout;
+    Rows<S, true> q, dout;
     Computed p, ds;
     float *score, *dp, *dq, *delta, *lse, *dk, *dv;
     const S **pointer, **dout_pointer;
@@ -591,8 +604,8 @@ struct AttentionBackward : AttentionPass<S> {
       q_columns = scratch.take<A>(Base::columns_size(rows, p_.E));
       dout_columns = scratch.take<A>(Base::columns_size(rows, p_.Ev));
       tile = scratch.take<A>(packed_tile_size<A>(rows));
-      q = Rows<S>::carve(scratch, rows, p_.E);
-      dout = Rows<S>::carve(scratch, rows, p_.Ev);
+      q = Rows<S, true>::carve(scratch, rows, p_.E);
+      dout = Rows<S, true>::carve(scratch, rows, p_.Ev);
       p = Computed::carve(scratch, rows, pass.keys);
       ds = Computed::carve(scratch, rows, pass.keys);
       ld_score = odd_lines<float>(pass.keys);

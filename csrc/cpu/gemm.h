@@ -142,11 +142,12 @@ constexpr int64_t odd_lines(int64_t K) {
 }
 
 // Rows of at most K values stored as S: pointers to where they lie, or copies of them where they
-// have to be converted or spaced evenly.
-template <class S>
+// have to be converted or spaced evenly, or where kNear says that they are read again and again but
+// may lie a power of two apart, so that few of them fit in L1 at a time.
+template <class S, bool kNear = false>
 struct Rows {
   using A = Operand<S>;
-  static constexpr bool kCopies = !__is_same(S, A) || kMatrix<A>;
+  static constexpr bool kCopies = kNear || !__is_same(S, A) || kMatrix<A>;
   const A** row;  // [n]
   A* copy;        // [n][ld]
   int64_t ld;
