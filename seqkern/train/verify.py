@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if why_not is not None:
             print(f"not checked: {backend}: {why_not}")
     print("worst error / allowed error")
-    print(f"{'layer':<18}{'backend':<18}{''.join(f'{name:>10}' for name in DTYPES)}")
+    print(f"{'layer':<20}{'backend':<18}{''.join(f'{name:>10}' for name in DTYPES)}")
     failures = []
     for title, backend, isa in places():
         for layer, compared in layers().items():
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if not result.ok:
                         failures.append(f"{layer} on {title}, {dtype_name}, {comparison.case}: {result}")
                 cells.append(f"{worst:>10.2f}" if worst <= 1 else f"{f'FAILED {worst:.2g}':>10}")
-            print(f"{layer:<18}{title:<18}{''.join(cells)}", flush=True)
+            print(f"{layer:<20}{title:<18}{''.join(cells)}", flush=True)
     for line in failures:
         print(f"FAILED {line}")
     verdict = f"{len(failures)} cases disagree" if failures else "everything agrees"
