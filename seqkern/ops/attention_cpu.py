@@ -1,10 +1,10 @@
-"""Attention's operators on a CPU: torch's fused kernel where that serves, else blocks of scores in cache.
+"""Attention's operators on a CPU: the compiled kernels where they serve, else torch's own, without padding.
 
 A problem falls into pieces, each a part of the batch whose rows have the same keys and queries, so that
 padding is neither read nor computed. The pieces go
 
 - all together to the compiled kernels (csrc/cpu/attention.h), where those are there: float32, bfloat16 and
-  float16, but for gradients of a mask and gradients into weights or lse;
+  float16, but for gradients of a mask, gradients into weights or lse, and a step of one or two queries;
 - else each to torch's fused kernel: no dropout, no weights, at most a causal mask;
 - else block by block: the scores of a few heads and queries, as many as stay in cache, in one scratch buffer;
   masks are made for a block at a time, and a block has no keys that its window excludes.
