@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from attention_cases import (
     cleaned,
     doubled,
     errors_nearby,
+    errors_nearby_named,
     evaluate,
+    evaluate_named,
     in_memory,
     math_kernel,
     ours,
@@ -29,6 +32,7 @@ from compare import ORACLES_AGREE, agree, poisoned, same_bits, within
 from torch import Tensor
 
 import seqkern
+from seqkern import _extension
 from seqkern.ops import _attention
 from seqkern.ops.attention import attention
 from seqkern.reference import attention as reference
@@ -77,6 +81,44 @@ def test_parity(backend, case):
 def test_parity_in_several_blocks(case):
     with seqkern.use_backend("cpu"):
         check(case, "cpu")
+
+
+def test_parity_finds_the_compiled_backward() -> None:
+    """The test below is about gradients that the compiled kernels compute: here they do."""
+    if not _extension.AVAILABLE:
+        pytest.skip(f"{_extension.WHY_NOT}")
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attend(q, q, q, torch.randn(5, 5), return_lse=True, backend="cpu")[0].sum().backward()
+    assert "seqkern::attention_pieces_backward" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("case", [c for c in sample() if c.dtype is not torch.float64], ids=str)
+def test_parity_of_the_output_alone(case: Case) -> None:
+    """With no gradient into lse and none for the mask, backward is the compiled kernels'."""
+    tensors, mask = case.tensors(), case.attn_mask()
+    allowed, same = case.allowed(), dict(seed=1, rounded=case.dtype)
+
+    def of(call: Callable) -> Callable:
+        def out(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+            wide = doubled([mask])[0] if leaves["q"].dtype is torch.float64 else mask
+            return {"out": call(leaves["q"], leaves["k"], leaves["v"], wide)[0]}
+
+        return out
+
+    def peer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch_attention(q, k, v, mask, allowed, case.scale)
+
+    def named(tensors: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip("qkv", tensors, strict=True))
+
+    clean = named(cleaned(case, tensors))
+    expected = evaluate_named(of(peer), clean, **same)
+    with seqkern.use_backend("eager"):
+        oracle = evaluate_named(of(ours(case)), doubled(clean), **same)
+    with poisoned(), seqkern.use_backend("cpu"):
+        got = evaluate_named(of(ours(case)), named(poison(case, tensors)), **same)
+    within(got, expected, oracle, f"{case} cpu", lambda: errors_nearby_named(of(peer), clean))
 
 
 @pytest.mark.slow

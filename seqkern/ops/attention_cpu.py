@@ -339,8 +339,12 @@ def _compiled_backward(
 ) -> None:
     """Overwrites dq, dk and dv, [0] where not wanted, where there are pieces."""
     lse_ = _four_dims_of_lse(lse, p)
-    wanted = [_four_dims(t, p) if t.numel() else None for t in (dq, dk, dv)]
-    _pieces_backward(_four_dims(dout, p), _four_dims(out, p), lse_, *_compiled_arguments(p, found), *wanted)
+    grads = [t if p.cu_q is None else t.transpose(0, 1).unsqueeze(0) for t in (dq, dk, dv) if t.numel()]
+    rows = [_four_dims(t, p) if t.numel() else None for t in (dq, dk, dv)]
+    _pieces_backward(_four_dims(dout, p), _four_dims(out, p), lse_, *_compiled_arguments(p, found), *rows)
+    for target, found_rows in zip(grads, [t for t in rows if t is not None], strict=True):
+        if found_rows.data_ptr() != target.data_ptr():  # laid out like an input without contiguous rows
+            target.copy_(found_rows)
 
 
 # ---- one piece ---------------------------------------------------------------------------------------------
