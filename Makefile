@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 
 # Stamps live in .venv, so that they go when it goes.
@@ -60,7 +60,7 @@ $(BUILT): $(TOOLS) $(BUILD_INPUTS)
 SANITIZE := build/sanitize
 SANITIZED_TESTS := tests/test_rnn.py tests/test_lstm.py tests/test_gru.py tests/test_cells.py tests/test_lengths.py \
 	tests/test_packed.py tests/test_inputs.py tests/test_kernels.py tests/test_threads.py tests/test_attention.py \
-	tests/test_multi_head_attention.py
+	tests/test_multi_head_attention.py tests/test_cuda.py tests/test_cuda_on_cpu.py
 
 sanitize: $(BUILT)
 	rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree
@@ -69,10 +69,11 @@ sanitize: $(BUILT)
 	$(VENV)/bin/cmake -S . -B $(SANITIZE)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DSEQKERN_SANITIZE=address,undefined -DSEQKERN_CUDA=OFF \
 		-DSEQKERN_OUTPUT_DIR=$(abspath $(SANITIZE)/tree/seqkern)
-	$(VENV)/bin/cmake --build $(SANITIZE)/cmake
+	$(VENV)/bin/cmake --build $(SANITIZE)/cmake --target _C cuda_on_cpu cuda_on_cpu_selftest
 	cd $(SANITIZE)/tree && \
 		export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" && \
 		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+		export SEQKERN_CUDA_ON_CPU=$(abspath $(SANITIZE)/cmake/tests/cuda_on_cpu) && \
 		$(abspath $(PY)) -c "import seqkern; assert seqkern.info().build.get('sanitize'), seqkern.info()" && \
 		$(abspath $(PY)) -m pytest -q -x -m "not slow" -p no:cacheprovider $(wildcard $(SANITIZED_TESTS))
 

@@ -23,6 +23,7 @@ CELLS = [
 @pytest.mark.parametrize(("dtype_name", "attention_case", "kind"), CELLS)
 def test_attention(bench_session, benchmark, dtype_name, attention_case, kind) -> None:
     session, case, family = bench_session, attention_case, attention.FAMILY
+    session.skip_if_late()
     try:
         problem, gates = session.problem(attention.problem, family, getattr(torch, dtype_name), case)
     except Exception:

@@ -20,6 +20,7 @@ CHECK_FLOPS = {torch.float32: 5e8, torch.bfloat16: 2e8, torch.float16: 3e7}  # a
 QUICK_GATE_FLOPS = {torch.float32: 4e9, torch.bfloat16: 1e9, torch.float16: 1e8}
 FULL = harness.Budget(seconds=1.0, least=5)
 QUICK = harness.Budget(seconds=0.4, least=3, limit=5.0)
+GPU = harness.Budget(seconds=0.3, least=5, limit=4.0)  # many cases in a few minutes of a borrowed device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="SUBSTR",
         help="only cases with SUBSTR in their id, such as GRU-float32-c5-training; may be repeated",
+    )
+    group.addoption(
+        "--benchmark-minutes",
+        dest="bench_minutes",
+        type=float,
+        default=float("inf"),
+        metavar="N",
+        help="skip what has not begun by then; on a GPU the most important cases come first",
     )
     group.addoption(
         "--benchmark-threads",
@@ -91,6 +100,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+    if torch.cuda.is_available():
+        items.sort(key=importance)  # stable: the modes of a case stay together
+
+
+def importance(item: pytest.Item) -> int:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    family = getattr(getattr(item, "module", None), "FAMILY", "")
+    return cases.rank((family, str(parameters.get("dtype")), str(parameters.get("case"))))
 
 
 @dataclasses.dataclass
@@ -106,6 +123,7 @@ class Session:
     )  # stem -> kind -> entries
     failed: dict[str, set[str]] = dataclasses.field(default_factory=dict)  # stem -> ids
     facts: dict[str, object] | None = None
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def measuring(self) -> bool:
@@ -114,6 +132,11 @@ class Session:
     @property
     def quick(self) -> bool:
         return self.config.option.bench_quick
+
+    def skip_if_late(self) -> None:
+        minutes = self.config.option.bench_minutes
+        if self.measuring and time.monotonic() - self.began > 60 * minutes:
+            pytest.skip(f"the {minutes:g} minutes of --benchmark-minutes are over")
 
     def record(self, kind: str, entry: dict[str, object]) -> None:
         self.new.setdefault(str(entry["family"]), {}).setdefault(kind, []).append(entry)
@@ -151,7 +174,8 @@ class Session:
         """
         interleaved = harness.Interleaved(steps)
         others = [name for name in interleaved.steps if name != target]
-        budget, rounds, done = QUICK if self.quick else FULL, 1, 0
+        budget = QUICK if self.quick else GPU if self.device == "cuda" else FULL
+        rounds, done = 1, 0
         if self.measuring:
             rounds = budget.rounds(interleaved.warm_up())
         start = time.perf_counter()
@@ -213,6 +237,7 @@ def measure(bench_session: Session, benchmark: object) -> Callable[[str, str, st
 
     def run(family: str, dtype_name: str, case_name: str, mode: str) -> None:
         session, case, dtype = bench_session, BY_NAME[case_name], getattr(torch, dtype_name)
+        session.skip_if_late()
         names = [case.name] if case.kind != "ragged" else [f"{case.name}-lengths", f"{case.name}-packed"]
         parts = ["forward"] if mode == "forward" else ["training", "backward"]
         ids = [f"{family}-{dtype_name}-{name}-{part}" for name in names for part in parts]
@@ -287,6 +312,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{entry['seqkern']['median'] * 1e3:.3f} ms  {entry['seqkern']['rounds']:3d} rounds  "
             f"{entry['gflops']:7.1f} GF/s{mark}"
         )
+    for entries in session.new.values():
+        for entry in entries.get("tiers", []):
+            terminalreporter.write_line(f"{entry['id']:44s} {entry['step_us']:8.2f} µs per step")
     busy = (session.facts or {}).get("busy_elsewhere") or 0
     if busy > machine_facts.QUIET:
         terminalreporter.write_line(

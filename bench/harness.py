@@ -167,7 +167,7 @@ class Problem:
 
     def gate(self) -> dict[str, parity.Parity]:
         """The parity of each seqkern subject; raises parity.ParityError. See parity.py."""
-        wide = parity.REFEREE[self.dtype]
+        wide = parity.referee(self.dtype, self.device)
         theirs = "plain" if self.lengths is None else "packed"
         referee = self.results(theirs, copy.deepcopy(self.torch_module).to(wide), wide)
         peer = self.results(theirs, self.torch_module, self.dtype)
@@ -214,8 +214,12 @@ def first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
 _flush: torch.Tensor | None = None
 
 
-def start_clock(device: str) -> float:
-    """On a GPU: after its L2 has been overwritten and everything has finished."""
+Mark = float | torch.cuda.Event  # a moment: of the processor's clock, or on a GPU's stream
+
+
+def start_clock(device: str) -> Mark:
+    """On a GPU: after its L2 has been overwritten and everything has finished. So what it waits for the
+    processor counts, as it does for a program that looks at each result."""
     global _flush
     if device == "cuda":
         if _flush is None:
@@ -224,22 +228,32 @@ def start_clock(device: str) -> float:
             )
         _flush.zero_()
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return mark(device)
 
 
-def stop_clock(device: str) -> float:
+def mark(device: str) -> Mark:
     if device == "cuda":
-        torch.cuda.synchronize()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
     return time.perf_counter()
+
+
+def between(start: Mark, end: Mark) -> float:
+    """Seconds."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def timed_forward(call: Call, device: str) -> dict[str, float]:
     with torch.no_grad():
         start = start_clock(device)
         out = call()
-        end = stop_clock(device)
+        end = mark(device)
     del out
-    return {"forward": end - start}
+    return {"forward": between(start, end)}
 
 
 def timed_training(call: Call, leaves: list[torch.Tensor], dy: torch.Tensor, device: str) -> dict[str, float]:
@@ -247,10 +261,10 @@ def timed_training(call: Call, leaves: list[torch.Tensor], dy: torch.Tensor, dev
         leaf.grad = None
     start = start_clock(device)
     y = call()
-    middle = stop_clock(device)
+    middle = mark(device)
     y.backward(dy)
-    end = stop_clock(device)
-    return {"training": end - start, "backward": end - middle}
+    end = mark(device)
+    return {"training": between(start, end), "backward": between(middle, end)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The gate before every number: seqkern's outputs and gradients are as right as torch.nn's.
 
 The referee is torch.nn on the same values in a wider type: float64 for float32, float32 for the 16-bit
-types (its own error, 2^-24, vanishes beside theirs). A tensor passes when
+types (its own error, 2^-24, vanishes beside theirs; on a GPU float64 too, since float32 may be TF32 there).
+A tensor passes when
 
     max|seqkern - referee|  <=  2 * max|torch.nn - referee| + FLOOR_ULPS * eps * max|referee|
 
@@ -17,6 +18,10 @@ import torch
 
 FLOOR_ULPS = 4  # as in tests/compare.py, which asks torch.nn again where this says no
 REFEREE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def referee(dtype: torch.dtype, device: str) -> torch.dtype:
+    return torch.float64 if device == "cuda" else REFEREE[dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,6 @@ def compare(
     """
     if got.keys() != referee.keys():
         raise ParityError(f"{where}: has {sorted(got)}, expected {sorted(referee)}")
-    wide = REFEREE[dtype]
     eps = torch.finfo(dtype).eps
     worst, failures = Parity("", 0.0, 0.0, 1.0, steps), []
     for name, expected in referee.items():
@@ -68,9 +72,9 @@ def compare(
                 f"{name}: {ours.dtype} {tuple(ours.shape)}, expected {dtype} {tuple(expected.shape)}"
             )
             continue
-        difference = (ours.to(wide) - expected).abs()
+        difference = (ours.to(expected.dtype) - expected).abs()
         error = largest(difference)
-        torch_error = largest(peer[name].to(wide) - expected)
+        torch_error = largest(peer[name].to(expected.dtype) - expected)
         bound = 2 * torch_error + FLOOR_ULPS * eps * largest(expected)
         if not error <= bound:  # a NaN fails here
             index = torch.unravel_index(difference.nan_to_num(nan=torch.inf).argmax(), difference.shape)

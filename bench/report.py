@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -70,7 +71,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 def target_mean(results: Results, target: cases.Target, mode: str) -> tuple[float | None, int]:
     """(geometric mean of the ratios that are there, how many are there)."""
-    entries = [results.find(target.family, target.dtype, case, mode) for case in target.cases]
+    entries = [results.find(*cell, mode) for cell in target.cells]
     ratios = [entry["ratio"] for entry in entries if entry is not None]
     return (geometric_mean(ratios) if ratios else None), len(ratios)
 
@@ -172,18 +173,76 @@ def limits_line(results: Results) -> str:
 
 def target_table(results: Results) -> str:
     rows = []
-    for target in cases.TARGETS:
+    on_gpu = results.machine["device"] == "cuda"
+    for target in cases.GPU_TARGETS if on_gpu else cases.TARGETS:
         row = [target.title]
         for mode, goal in (("forward", target.forward), ("training", target.training)):
             mean, count = target_mean(results, target, mode)
-            if count == len(target.cases):
-                # On a GPU there are no goals yet.
-                row.append(verdict_cell(mean, goal if results.machine["device"] == "cpu" else None))
+            if count == len(target.cells):
+                row.append(verdict_cell(mean, goal))
             else:
-                row.append(f"{mean:.2f}× ({count} of {len(target.cases)} cases)" if mean is not None else "")
+                row.append(f"{mean:.2f}× ({count} of {len(target.cells)} cases)" if mean is not None else "")
         if any(row[1:]):
             rows.append(row)
+    if on_gpu and results.speed:
+        row = ["the worst of all cases"]
+        for mode in ("forward", "training"):
+            worst = min((e["ratio"] for e in results.speed.values() if e["mode"] == mode), default=None)
+            row.append(verdict_cell(worst, cases.GPU_WORST_TARGET))
+        rows.append(row)
+        best = results.find(*cases.BEST[0], "forward")
+        if best is not None:
+            steps = cases.BY_NAME[best["case"]].T
+            step = 1e6 * best["seqkern"]["median"] / steps
+            goal = verdict_cell(step, cases.GPU_STEP_TARGET, at_most=True, form="{:.2f} µs")
+            rows.append(["a step of cuDNN's best case", goal, ""])
     return table(["geometric mean", "forward", "forward + backward"], rows) if rows else ""
+
+
+def gpu_tables(results: Results) -> str:
+    """A table per group of GPU cases: ratio, and seqkern's µs per step and layer."""
+    groups: dict[str, list[str]] = {}
+    for case in cases.GPU_CASES:
+        for form in ("", "-lengths", "-packed") if case.kind == "ragged" else ("",):
+            groups.setdefault(case.name[0], []).append(case.name + form)
+    return "\n\n".join(text for names in groups.values() if (text := gpu_table(results, names)))
+
+
+def gpu_table(results: Results, names: Sequence[str]) -> str:
+    columns = [
+        (family, dtype)
+        for family in ("LSTM", "GRU", "RNN")
+        for dtype in ("float16", "bfloat16", "float32")
+        if any(results.find(family, dtype, name, "forward") for name in names)
+    ]
+    rows = []
+    for name in names:
+        case = cases.BY_NAME[name.removesuffix("-lengths").removesuffix("-packed")]
+        cells = []
+        for family, dtype in columns:
+            pair = [results.find(family, dtype, name, mode) for mode in ("forward", "training")]
+            cells.append(" / ".join(gpu_cell(entry, case) for entry in pair if entry))
+        if any(cells):
+            rows.append([f"{name} ({case.describe()})", *cells])
+    head = [f"{family} {DTYPES[dtype]}" for family, dtype in columns]
+    title = "case (B, T, I, H, layers): fwd / fwd+bwd, µs per step and layer"
+    return table([title, *head], rows) if rows else ""
+
+
+def gpu_cell(entry: Entry, case: cases.Case) -> str:
+    return f"{ratio_cell(entry)} {1e6 * entry['seqkern']['median'] / case.T / case.layers:.2f}"
+
+
+def tier_table(results: Results) -> str:
+    """Every tier's time, forced by name, for the cost model of csrc/cuda/plan.cpp."""
+    found = results.kinds["tiers"]
+    tiers = [tier for tier in cases.TIERS if any(entry["tier"] == tier for entry in found.values())]
+    times: dict[str, dict[str, str]] = {}
+    for entry in found.values():
+        name = f"{entry['family']}-{entry['dtype']}-{entry['case']}-{entry['mode']}"
+        times.setdefault(name, {})[entry["tier"]] = f"{entry['step_us']:.2f}"
+    rows = [[name, *(row.get(tier, "") for tier in tiers)] for name, row in sorted(times.items())]
+    return table(["µs per step, tier forced", *tiers], rows) if rows else ""
 
 
 def case_table(results: Results, columns: Sequence[tuple[str, str]], names: Sequence[str]) -> str:
@@ -410,6 +469,7 @@ def machine_section(results: Results) -> str:
         losses_line(results),
         case_table(results, [(family, "float32") for family in cases.FAMILIES], cases.MAIN),
         case_table(results, half, cases.MAIN),
+        gpu_tables(results),
         ragged_table(results),
         step_table(results),
         limit_table(results),
@@ -479,13 +539,13 @@ def detail_page(results: Results) -> str:
         "Limit: the FMA peak for float32 where it was measured, else the best GEMM of the data type. Last\n"
         "column: the output or gradient that came closest to its error bound in the gate, with its error.\n\n"
     )
-    return text + table(head, rows) + "\n"
+    tiers = tier_table(results)
+    return text + table(head, rows) + "\n" + (f"\n{tiers}\n" if tiers else "")
 
 
-def natural(case: str) -> tuple[int, str]:
+def natural(case: str) -> list[tuple[int, str]]:
     """c2 before c10."""
-    number, _, rest = case.removeprefix("c").partition("-")
-    return int(number), rest
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", case)]
 
 
 def renew(readme: str, section: str) -> str:

@@ -5,12 +5,17 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "build_facts.h"
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
+#include "cuda/layer.h"
+#include "cuda/plan.h"
+#include "operators.h"
 
 namespace {
 
@@ -18,40 +23,44 @@ namespace {
 // extension of another torch may crash.
 [[gnu::used]] const char kBuiltForTorch[] = "seqkern was built for torch=" SEQKERN_TORCH_VERSION;
 
+// The value that has this name.
+template <class T>
+T named(const char* what, const std::string& name, const std::map<std::string, T>& values) {
+  const auto found = values.find(name);
+  if (found == values.end()) throw std::invalid_argument(std::string(what) + ": got " + name);
+  return found->second;
+}
+
+// Which CUDA kernel a layer's pass takes on a device with these facts, and why. No device is asked.
+std::string cuda_plan(const std::string& cell, const std::string& dtype, const std::string& pass,
+                      bool tf32, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D,
+                      int capability, int sms, int shared_bytes, int max_cluster) {
+  using namespace seqkern;
+  const cuda::PlanRequest request{
+      named<CellKind>(
+          "cell", cell,
+          {{"rnn", CellKind::rnn_tanh}, {"gru", CellKind::gru}, {"lstm", CellKind::lstm}}),
+      named<Dtype>("dtype", dtype,
+                   {{"float32", Dtype::f32},
+                    {"float64", Dtype::f64},
+                    {"bfloat16", Dtype::bf16},
+                    {"float16", Dtype::f16}}),
+      named<cuda::Pass>("pass", pass,
+                        {{"forward", cuda::Pass::forward}, {"backward", cuda::Pass::backward}}),
+      tf32,
+      T,
+      B,
+      H,
+      P,
+      D,
+      /*projected=*/P != H};
+  return cuda::explain(request, {capability, sms, shared_bytes, max_cluster});
+}
+
 }  // namespace
 
-// One recurrent layer each. x [T, B, I], or [N, I] with batch_sizes; h0 [D, B, P]; c0 [D, B, H];
-// params: per direction w_ih, w_hh[, b_ih, b_hh][, w_hr]; reserve: what backward needs, opaque.
-// What they compute: seqkern/reference.
 TORCH_LIBRARY(seqkern, library) {
-  library.def(
-      "rnn_forward(Tensor x, Tensor h0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
-      "bool relu, bool save)"
-      " -> (Tensor y, Tensor h_n, Tensor reserve)");
-  library.def(
-      "rnn_backward(Tensor? dy, Tensor? dh_n, Tensor x, Tensor h0, Tensor[] params, Tensor? "
-      "lengths,"
-      " Tensor? batch_sizes, Tensor y, Tensor reserve, bool relu, bool need_dx, bool need_dparams)"
-      " -> (Tensor dx, Tensor dh0, Tensor[] dparams)");
-  library.def(
-      "gru_forward(Tensor x, Tensor h0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
-      "bool save)"
-      " -> (Tensor y, Tensor h_n, Tensor reserve)");
-  library.def(
-      "gru_backward(Tensor? dy, Tensor? dh_n, Tensor x, Tensor h0, Tensor[] params, Tensor? "
-      "lengths,"
-      " Tensor? batch_sizes, Tensor y, Tensor reserve, bool need_dx, bool need_dparams)"
-      " -> (Tensor dx, Tensor dh0, Tensor[] dparams)");
-  library.def(
-      "lstm_forward(Tensor x, Tensor h0, Tensor c0, Tensor[] params, Tensor? lengths, Tensor? "
-      "batch_sizes, bool save)"
-      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor reserve)");
-  library.def(
-      "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, "
-      "Tensor[] params,"
-      " Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor reserve, bool need_dx, bool "
-      "need_dparams)"
-      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dparams)");
+  seqkern::define_layers(library);
   // Attention's pieces (params.h), for seqkern/ops/attention_cpu.py, which has the operators that
   // autograd knows. q, k, v [B, heads, rows, E]; pieces [n, 9] int64; mask [B, N, L, S] float or
   // bool; weights [B, N or 1, L, S] float, zero.
@@ -65,6 +74,8 @@ TORCH_LIBRARY(seqkern, library) {
       "float scale, int left, int right, float dropout_p, Tensor(a!)? dq, Tensor(b!)? dk, "
       "Tensor(c!)? dv) -> ()");
 }
+
+TORCH_LIBRARY_IMPL(seqkern, CUDA, library) { seqkern::cuda::implement_layers(library); }
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "seqkern's compiled operators: importing it registers torch.ops.seqkern";
@@ -96,4 +107,7 @@ PYBIND11_MODULE(_C, module) {
     return seqkern::kernels().read_bandwidth(threads, bytes, seconds);
   });
   module.def("cuda_status", &seqkern::cuda::status);
+  module.def("set_cuda_tier",
+             [](const std::string& name) { seqkern::cuda::force_tier(name.c_str()); });
+  module.def("cuda_plan", &cuda_plan);
 }

@@ -27,6 +27,7 @@ from seqkern.nn import (
     TransformerEncoderLayer,
 )
 from seqkern.ops import scaled_dot_product_attention, use_backend, varlen_attention
+from seqkern.plan import plan
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "info",
     "nn",
     "ops",
+    "plan",
     "reference",
     "scaled_dot_product_attention",
     "tune",

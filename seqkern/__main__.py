@@ -1,4 +1,4 @@
-"""python -m seqkern info | verify | demo."""
+"""python -m seqkern info | plan | verify | demo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def print_info(argv: list[str]) -> int:
     return 0
 
 
+def print_plan(argv: list[str]) -> int:
+    return import_module("seqkern.plan").main(argv)
+
+
 def in_train(name: str) -> Callable[[list[str]], int]:
     """Training code is loaded only by the command that needs it."""
     return lambda argv: import_module(f"seqkern.train.{name}").main(argv)
@@ -23,6 +27,7 @@ def in_train(name: str) -> Callable[[list[str]], int]:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "info": (print_info, "list backends, instruction sets, torch, Triton, CUDA, and what is missing and why"),
+    "plan": (print_plan, "say which CUDA kernel a recurrent layer takes, and why, with or without a GPU"),
     "verify": (in_train("verify"), "compare every layer with torch.nn and float64 on this machine"),
     "demo": (in_train("demo"), "train a character model on torch.nn and on seqkern, side by side"),
 }

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from seqkern import _extension
-from seqkern.ops._backend import WHY_NO_TRITON
+from seqkern.ops import _backend
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,19 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _why_no_cuda() -> str | None:
+    """Why no recurrent layer can run on cuda, None if one can on the first device."""
+    if _backend.WHY_NO_CUDA is not None:
+        return _backend.WHY_NO_CUDA
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    return _backend.why_device_cannot(torch.device("cuda", 0))
+
+
+def _why_no_triton() -> str | None:
+    return _backend.WHY_NO_TRITON or (None if torch.cuda.is_available() else "needs a CUDA device")
+
+
 def info() -> Info:
     """What runs here, and why the rest does not. Imports no Triton; asks the CUDA driver, if there is one."""
     from seqkern import __version__
@@ -75,8 +88,8 @@ def info() -> Info:
         backends={
             "eager": None,
             "cpu": _extension.WHY_NOT,
-            "cuda": "not written yet: this version has no CUDA kernels",
-            "triton": WHY_NO_TRITON or (None if torch.cuda.is_available() else "needs a CUDA device"),
+            "cuda": _why_no_cuda(),
+            "triton": _why_no_triton(),
         },
         instruction_sets=extension.instruction_sets() if extension else [],
         instruction_set=extension.instruction_set() if extension else None,

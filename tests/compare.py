@@ -93,10 +93,10 @@ def evaluate(
     wanted |= {f"d {name}": weight for name, weight in layer.named_parameters()}
     grown, cotangents = [], []
     for y in outputs:
-        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(rounded or dtype).to(dtype)
+        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(rounded or dtype)
         if y.requires_grad:
             grown.append(y)
-            cotangents.append(dy)
+            cotangents.append(dy.to(y))
     grads = torch.autograd.grad(grown, list(wanted.values()), cotangents, materialize_grads=True)
     names = ("h'", "c'") if isinstance(layer, nn.RNNCellBase) and call is None else ("y", "h_n", "c_n")
     results = dict(zip(names, outputs, strict=False)) | dict(zip(wanted, grads, strict=True))
@@ -148,7 +148,7 @@ def errors_nearby(theirs: nn.Module, x: Tensor, hx: State, call: Call | None) ->
     generator = torch.Generator().manual_seed(2)
 
     def nudged(tensor: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2.0 - 1
+        signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device) * 2.0 - 1
         return (tensor.detach().double() * (1 + signs.double() * eps)).to(working)
 
     largest: dict[str, float] = {}
@@ -268,7 +268,8 @@ def packed_call(lengths: Tensor) -> Call:
         batch_dim, time_dim = (0, 1) if layer.batch_first else (1, 0)
         T, B = x.size(time_dim), x.size(batch_dim)
         D = 2 if layer.bidirectional else 1
-        rows = lengths.nonzero().squeeze(1)
+        chosen_lengths = lengths[lengths > 0]
+        rows = lengths.nonzero().squeeze(1).to(x.device)
         h0, *c0 = flat(hx) or [
             x.new_zeros(layer.num_layers * D, B, size)
             for size in (layer.proj_size or layer.hidden_size, layer.hidden_size)
@@ -279,7 +280,7 @@ def packed_call(lengths: Tensor) -> Call:
         if len(rows) == 0:
             return y, states if len(states) > 1 else states[0]
         packed = pack_padded_sequence(
-            x.index_select(batch_dim, rows), lengths[rows], layer.batch_first, enforce_sorted=False
+            x.index_select(batch_dim, rows), chosen_lengths, layer.batch_first, enforce_sorted=False
         )
         chosen = tuple(state.index_select(1, rows) for state in states)
         out, last = layer(packed, chosen if len(states) > 1 else chosen[0])

@@ -960,7 +960,7 @@ def test_mistakes_that_torch_lets_pass_here():
         (dict(window=3), "window: expected .* got 3"),
         (dict(window=(1.0, 2)), "window: expected"),
         (dict(causal_alignment="bottom-right"), "causal_alignment: expected one of top_left, bottom_right"),
-        (dict(backend="flash"), "backend: expected one of eager, cpu, triton or None, got 'flash'"),
+        (dict(backend="flash"), "backend: expected one of eager, cpu, cuda, triton or None, got 'flash'"),
     ],
 )
 def test_mistakes_with_what_torch_has_not(options, says):

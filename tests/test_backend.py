@@ -12,6 +12,7 @@ from seqkern.ops import _backend
 from seqkern.ops._backend import choose, refusal
 
 NO_COMPILER = "no compiled extension"
+NO_NVCC = "was left out when seqkern was built: reinstall seqkern where nvcc is"
 
 FORWARD = {"rnn": seqkern.ops.rnn, "lstm": seqkern.ops.lstm, "gru": seqkern.ops.gru}
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
@@ -57,7 +58,18 @@ def request_for(op: str, H: int = 3, dtype: torch.dtype = torch.float32):
         ("cpu", torch.float16, {}, "cpu"),
         ("cpu", torch.complex64, {}, "eager"),
         ("meta", torch.float32, {}, "eager"),
-        ("cuda", torch.float32, {}, "eager"),
+        ("cpu", torch.float32, {"no_cuda": NO_NVCC}, "cpu"),
+        ("cuda", torch.float32, {}, "cuda"),
+        ("cuda", torch.float64, {}, "cuda"),
+        ("cuda", torch.bfloat16, {"head_dim": 320}, "cuda"),
+        ("cuda", torch.float16, {}, "cuda"),
+        ("cuda", torch.complex64, {}, "eager"),
+        ("cuda", torch.float32, {"transformed": True}, "eager"),
+        ("cuda", torch.float32, {"missing": NO_COMPILER}, "eager"),
+        ("cuda", torch.float32, {"no_cuda": NO_NVCC}, "eager"),
+        ("cuda", torch.float32, {"wish": "cuda"}, "cuda"),
+        ("cuda", torch.float32, {"wish": "eager"}, "eager"),
+        ("mps", torch.float32, {}, "eager"),
         ("cpu", torch.float32, {"transformed": True}, "eager"),
         ("cpu", torch.float32, {"missing": NO_COMPILER}, "eager"),
         ("cpu", torch.float32, {"wish": "eager"}, "eager"),
@@ -69,30 +81,105 @@ def test_choice(op, device, dtype, keywords, expected):
     assert choose(op, device, dtype, **keywords) == expected
 
 
+COMPUTED = "computes float32, float64, bfloat16 and float16, got torch.complex64"
+MISSING = f"needs the compiled extension: {NO_COMPILER}"
+OLD = "needs compute capability 8.0 or newer, got 7.5"
+
+
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize(
-    ("device", "dtype", "keywords", "reason"),
+    ("backend", "device", "dtype", "keywords", "reason", "instead"),
     [
-        ("cuda", torch.float32, {}, "cpu needs tensors on a CPU, got cuda"),
-        (
-            "cpu",
-            torch.complex64,
-            {},
-            "cpu computes float32, float64, bfloat16 and float16, got torch.complex64",
-        ),
-        ("cpu", torch.float32, {"transformed": True}, "cpu has no rule for torch.func transforms"),
-        (
-            "cpu",
-            torch.float32,
-            {"missing": NO_COMPILER},
-            "cpu needs the compiled extension: no compiled extension",
-        ),
+        ("cpu", "cuda", torch.float32, {}, "needs tensors on a CPU, got cuda", "cuda"),
+        ("cpu", "cpu", torch.complex64, {}, COMPUTED, "eager"),
+        ("cpu", "cpu", torch.float32, {"transformed": True}, "has no rule for torch.func", "eager"),
+        ("cpu", "cpu", torch.float32, {"missing": NO_COMPILER}, MISSING, "eager"),
+        ("cuda", "cpu", torch.float32, {}, "needs tensors on a CUDA device, got cpu", "cpu"),
+        ("cuda", "meta", torch.float32, {}, "needs tensors on a CUDA device, got meta", "eager"),
+        ("cuda", "cuda", torch.complex64, {}, COMPUTED, "eager"),
+        ("cuda", "cuda", torch.float32, {"transformed": True}, "has no rule for torch.func", "eager"),
+        ("cuda", "cuda", torch.float32, {"missing": NO_COMPILER, "no_cuda": MISSING}, MISSING, "eager"),
+        ("cuda", "cuda", torch.float32, {"no_cuda": OLD}, OLD, "eager"),
+        ("cuda", "cpu", torch.float32, {"no_cuda": NO_NVCC}, NO_NVCC, "cpu"),
     ],
 )
-def test_a_named_backend_refuses_with_the_reason(device, dtype, keywords, reason):
-    assert refusal("cpu", "lstm", device, dtype, **keywords).startswith(reason)
-    with pytest.raises(RuntimeError, match="backend 'cpu' was asked for: " + reason.replace(".", r"\.")):
-        choose("lstm", device, dtype, wish="cpu", **keywords)
-    assert choose("lstm", device, dtype, **keywords) == "eager"
+def test_a_named_backend_refuses_with_the_reason(op, backend, device, dtype, keywords, reason, instead):
+    assert refusal(backend, op, device, dtype, **keywords).startswith(f"{backend} {reason}")
+    expected = re.escape(f"backend {backend!r} was asked for: {backend} {reason}")
+    with pytest.raises(RuntimeError, match=expected):
+        choose(op, device, dtype, wish=backend, **keywords)
+    assert choose(op, device, dtype, **keywords) == instead
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), OLD),
+        ((8, 0), None),
+        ((8, 9), None),
+        ((9, 0), None),
+        ((10, 0), None),
+        ((10, 3), None),
+        ((12, 0), "has no code for compute capability 12.0: seqkern was built for sm_80 sm_90a sm_100"),
+    ],
+)
+def test_which_devices_run_the_code_that_was_built(capability, expected):
+    assert _backend.unsupported(capability, "sm_80 sm_90a sm_100") == expected
+    assert "has no code" in (_backend.unsupported((9, 1), "sm_90a") or "")  # sm_90a is for 9.0 alone
+
+
+def test_why_cuda_cannot_asks_each_device_once_and_not_for_a_cpu_tensor(monkeypatch):
+    asked = []
+
+    def capability(device):
+        asked.append(device)
+        return (7, 5) if device.index == 1 else (8, 0)
+
+    facts = type("Extension", (), {"build_info": staticmethod(lambda: {"cuda_archs": "sm_80"})})
+    monkeypatch.setattr(_backend._extension, "_C", facts)
+    monkeypatch.setattr(_backend, "_lacks", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda = torch.device("cuda", 0)
+    assert _backend.why_device_cannot(cuda) == "needs a CUDA device, and torch finds none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backend, "WHY_NO_CUDA", None)
+    assert _backend.why_no_cuda(torch.ones(1)) is None and not asked
+    for _ in range(2):
+        assert _backend.why_device_cannot(cuda) is None
+        assert _backend.why_device_cannot(torch.device("cuda", 1)) == OLD
+    assert asked == [cuda, torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("lacks", [None, OLD])
+def test_the_device_is_asked_when_a_graph_is_traced(monkeypatch, lacks):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(_backend, "_lacks", {cuda: lacks})
+
+    def reason(x):
+        return x + (0 if _backend.why_device_cannot(cuda) is None else 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(reason, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)) == (lacks is not None)
+
+
+def test_cuda_by_name_says_why_not():
+    if _backend.WHY_NO_CUDA is None:
+        expected = "cuda needs tensors on a CUDA device, got cpu"
+    else:
+        expected = f"cuda {_backend.WHY_NO_CUDA}"
+    for op in FORWARD:
+        with pytest.raises(RuntimeError, match=re.escape(f"backend 'cuda' was asked for: {expected}")):
+            request_for(op)(backend="cuda")
+        with seqkern.use_backend("cuda"), pytest.raises(RuntimeError, match="was asked for: cuda"):
+            request_for(op)()
+    x = torch.randn(1, 2, 3, 4)
+    with (
+        seqkern.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="backend 'cuda' was asked for: cuda has no kernel for attention"),
+    ):
+        seqkern.scaled_dot_product_attention(x, x, x)
 
 
 NO_TRITON = "Triton is not installed: pip install triton"
@@ -116,6 +203,7 @@ NO_TRITON = "Triton is not installed: pip install triton"
         ("cuda", torch.float32, {}, "triton"),
         ("cuda", torch.bfloat16, {"head_dim": 256}, "triton"),
         ("cuda", torch.float16, {"wish": "triton", "head_dim": 1}, "triton"),
+        ("cuda", torch.float32, {"no_cuda": NO_NVCC}, "triton"),
         ("cuda", torch.float64, {}, "eager"),
         ("cuda", torch.float32, {"head_dim": 257}, "eager"),
         ("cuda", torch.float32, {"missing": NO_TRITON}, "eager"),
@@ -132,6 +220,8 @@ def test_choice_for_attention(device, dtype, keywords, expected):
     ("backend", "device", "dtype", "keywords", "reason"),
     [
         ("cpu", "cuda", torch.float32, {}, "cpu needs tensors on a CPU, got cuda"),
+        ("cuda", "cuda", torch.float32, {}, "cuda has no kernel for attention"),
+        ("cuda", "cpu", torch.float32, {"no_cuda": NO_NVCC}, "cuda has no kernel for attention"),
         ("cpu", "cpu", torch.complex64, {}, "cpu computes float32, float64, bfloat16 and float16, got"),
         ("cpu", "cpu", torch.float32, {"transformed": True}, "cpu has no rule for torch.func transforms"),
         ("triton", "cpu", torch.float32, {}, "triton needs tensors on a CUDA device, got cpu"),
@@ -181,7 +271,7 @@ def test_the_eager_backend_never_refuses(op):
 
 
 def test_an_unknown_backend_is_a_value_error():
-    expected = "backend: expected one of eager, cpu, triton or None, got 'cudnn'"
+    expected = "backend: expected one of eager, cpu, cuda, triton or None, got 'cudnn'"
     with pytest.raises(ValueError, match=expected):
         choose("lstm", "cpu", torch.float32, wish="cudnn")
     with pytest.raises(ValueError, match=expected), seqkern.use_backend("cudnn"):

@@ -276,10 +276,63 @@ def test_model_flops() -> None:
 
 
 def test_every_target_is_measured() -> None:
-    for target in cases.TARGETS:
-        grid = {(dtype, case.name) for dtype, case in cases.grid(target.family, "cpu")}
-        for name in target.cases:
-            assert (target.dtype, name.removesuffix("-lengths").removesuffix("-packed")) in grid, target.title
+    for device, targets in (("cpu", cases.TARGETS), ("cuda", cases.GPU_TARGETS)):
+        for target in targets:
+            for family, dtype, name in target.cells:
+                grid = {(dtype, case.name) for dtype, case in cases.grid(family, device)}
+                name = name.removesuffix("-lengths").removesuffix("-packed")
+                assert (dtype, name) in grid, target.title
+
+
+def test_the_gpu_grid_begins_with_what_the_targets_ask_for() -> None:
+    assert len(set(cases.GPU_GRID)) == len(cases.GPU_GRID)
+    assert cases.rank(("LSTM", "float16", "g768-b16")) == 0
+    assert cases.rank(("GRU", "float32", "c1")) == len(cases.GPU_GRID)
+    named = {(f, d, name.removesuffix("-lengths")) for t in cases.GPU_TARGETS for f, d, name in t.cells}
+    assert max(map(cases.rank, named)) < 25
+    ragged = cases.BY_NAME["t256-ragged"].lengths()
+    assert ragged.max() == 256 and 25 <= ragged.min() < 60
+
+
+def gpu_results(ratio: float = 2.0) -> report.Results:
+    """An H200 on which everything takes `ratio` times as long with torch.nn; a tier of each name."""
+    machine_ = {"device": "cuda", "slug": "made-up-gpu", "model": "Made Up H"}
+    entries = []
+    for family, dtype, name in cases.GPU_GRID:
+        forms = ("-lengths", "-packed") if cases.BY_NAME[name].kind == "ragged" else ("",)
+        entries += [
+            speed(family, dtype, name + form, mode, ratio)
+            for form in forms
+            for mode in ("forward", "training")
+        ]
+    fields = {"family": "LSTM", "dtype": "bfloat16", "case": "tier64-b16", "mode": "forward"}
+    tiers = [
+        {"id": f"LSTM-bfloat16-tier64-b16-forward-{tier}", **fields, "tier": tier, "step_us": us}
+        for tier, us in (("block", 0.51), ("step", 5.25))
+    ]
+    return results(store.merge(None, machine_, RUN, {"speed": entries, "tiers": tiers}))
+
+
+def test_gpu_targets_and_tables() -> None:
+    found = gpu_results(2.0)
+    table = report.target_table(found)
+    assert (
+        "| cuDNN's best case: LSTM fp16, 768, B 16, T 1024 | 2.00× (≥ 1.50× ✓) | 2.00× (≥ 1.30× ✓) |" in table
+    )
+    assert "| the same in bf16 | 2.00× (≥ 2.50× ✗) |" in table
+    assert "| the worst of all cases | 2.00× (≥ 1.00× ✓) | 2.00× (≥ 1.00× ✓) |" in table
+    assert "| a step of cuDNN's best case | 9.77 µs (≤ 1.30 µs ✗) |  |" in table  # 10 ms over 1024 steps
+    tables = report.gpu_tables(found)
+    assert "| g768-b16 (16, 1024, 768, 768, 1) | 2.00× 9.77 / 2.00× 9.77 |" in tables
+    assert "t256-ragged-packed" in tables and "d2816-t1500-b32" in tables
+    assert "| LSTM-bfloat16-tier64-b16-forward | 5.25 | 0.51 |" in report.tier_table(found)
+    page = report.detail_page(found)
+    assert "µs per step, tier forced" in page and report.gpu_tables(found) in report.machine_section(found)
+
+
+def test_the_clock_of_a_cpu_is_the_processors() -> None:
+    start = harness.start_clock("cpu")
+    assert 0 <= harness.between(start, harness.mark("cpu")) < 1
 
 
 def test_spread() -> None:

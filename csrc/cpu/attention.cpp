@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "../dtype.h"
 #include "dispatch.h"
 #include "launch.h"
 

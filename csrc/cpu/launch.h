@@ -1,5 +1,4 @@
-// What every operator's torch side needs: dtypes, memory, and the call of a kernel with its
-// scratch.
+// What every operator's torch side needs: memory, and the call of a kernel with its scratch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,22 +11,6 @@
 #include "../params.h"
 
 namespace seqkern {
-
-inline Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    default:
-      TORCH_CHECK_TYPE(false, "x: expected float32, float64, bfloat16 or float16, got ",
-                       x.scalar_type());
-  }
-}
 
 // Large fresh memory is mapped page by page as it is first written, and 4 KiB pages make that a
 // cost beside the kernels': ask for large ones. A hint: nothing depends on it.

@@ -2,6 +2,7 @@
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
 cpu     recurrent layers: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
+cuda    recurrent layers: the compiled kernels in csrc/cuda
 triton  attention: the kernels in seqkern.triton
 """
 
@@ -15,12 +16,13 @@ import torch
 
 from seqkern import _extension
 
-BACKENDS = ("eager", "cpu", "triton")
+BACKENDS = ("eager", "cpu", "cuda", "triton")
 
-CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})  # cpu and cuda
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 RECURRENT = frozenset({"rnn", "lstm", "gru"})
 MAX_HEAD_DIM = 256  # of the Triton kernels
+MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
 
 
 def _why_no_kernels() -> str | None:
@@ -32,6 +34,60 @@ def _why_no_kernels() -> str | None:
 
 
 WHY_NO_KERNELS: str | None = _why_no_kernels()
+
+
+def _why_no_cuda() -> str | None:
+    """Whether there are CUDA kernels, whatever devices there are. Asks no driver."""
+    if WHY_NO_KERNELS is not None:
+        return f"needs the compiled extension: {WHY_NO_KERNELS}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("seqkern::lstm_forward", "CUDA"):
+        return "was left out when seqkern was built: reinstall seqkern where nvcc is"
+    if torch.version.cuda is None:
+        return f"needs a torch with CUDA, and torch {torch.__version__} has none"
+    return None
+
+
+WHY_NO_CUDA: str | None = _why_no_cuda()
+
+
+def unsupported(capability: tuple[int, int], archs: str) -> str | None:
+    """Why a device of this compute capability cannot run code for `archs`, such as "sm_80 sm_90a sm_100".
+
+    sm_80 runs on 8.0 and later 8.x, sm_90a on 9.0 alone.
+    """
+    major, minor = capability
+    if capability < MIN_CAPABILITY:
+        return f"needs compute capability {'.'.join(map(str, MIN_CAPABILITY))} or newer, got {major}.{minor}"
+    for arch in archs.split():
+        digits = arch.removeprefix("sm_").rstrip("af")
+        fits = minor >= int(digits[-1]) if digits == arch.removeprefix("sm_") else minor == int(digits[-1])
+        if int(digits[:-1]) == major and fits:
+            return None
+    return f"has no code for compute capability {major}.{minor}: seqkern was built for {archs}"
+
+
+_lacks: dict[torch.device, str | None] = {}
+
+
+def why_device_cannot(device: torch.device) -> str | None:
+    """Why a CUDA device cannot run the CUDA kernels, which there are. The driver is asked once a device."""
+    if device not in _lacks:
+        if not torch.cuda.is_available():  # a fake tensor's device
+            return "needs a CUDA device, and torch finds none"
+        archs = str(_extension._C.build_info()["cuda_archs"])
+        _lacks[device] = unsupported(torch.cuda.get_device_capability(device), archs)
+    return _lacks[device]
+
+
+# As torch.compiler.assume_constant_result does, which would load torch._dynamo, and that Triton.
+why_device_cannot._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_no_cuda(input: torch.Tensor) -> str | None:
+    """Why the CUDA kernels cannot run on input's device; of another device: why there are none."""
+    if WHY_NO_CUDA is not None or not input.is_cuda:
+        return WHY_NO_CUDA
+    return why_device_cannot(input.device)
 
 
 def _why_no_triton() -> str | None:
@@ -75,8 +131,8 @@ def current_wish() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every seqkern operation of this thread on the backend `name`, "eager", "cpu" or "triton"; None
-    frees the choice.
+    """Run every seqkern operation of this thread on the backend `name`, "eager", "cpu", "cuda" (recurrent
+    layers) or "triton" (attention); None frees the choice.
 
     A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
     `backend=` wins over this. Code under torch.compile follows it too, recompiled for each backend, in all
@@ -120,13 +176,14 @@ def refusal(
     *,
     transformed: bool = False,
     missing: str | None = None,
+    no_cuda: str | None = None,
     head_dim: int = 0,
     interpreted: bool = False,
 ) -> str | None:
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
     if backend == "eager":
         return None
-    if op not in RECURRENT | {"attention"} or (backend == "triton" and op in RECURRENT):
+    if backend not in {"attention": ("cpu", "triton")}.get(op, ("cpu", "cuda") if op in RECURRENT else ()):
         return f"{backend} has no kernel for {op}"
     if missing is not None and op in RECURRENT:
         return f"{backend} needs the compiled extension: {missing}"
@@ -135,8 +192,15 @@ def refusal(
     if backend == "cpu":
         if device != "cpu":
             return f"cpu needs tensors on a CPU, got {device}"
-        if dtype not in CPU_DTYPES:
+        if dtype not in COMPILED_DTYPES:
             return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
+    elif backend == "cuda":
+        if no_cuda is not None:
+            return f"cuda {no_cuda}"
+        if device != "cuda":
+            return f"cuda needs tensors on a CUDA device, got {device}"
+        if dtype not in COMPILED_DTYPES:
+            return f"cuda computes float32, float64, bfloat16 and float16, got {dtype}"
     else:
         if device != "cuda" and not interpreted:
             return f"triton needs tensors on a CUDA device, got {device}"
@@ -157,6 +221,7 @@ def choose(
     transformed: bool = False,
     wish: str | None = None,
     missing: str | None = None,
+    no_cuda: str | None = None,
     head_dim: int = 0,
     interpreted: bool = False,
 ) -> str:
@@ -170,6 +235,7 @@ def choose(
         wish: the backend the caller named, None for a free choice
         missing: why the kernels are not there, None if they are: a recurrent layer's compiled ones,
             attention's Triton ones
+        no_cuda: why a recurrent layer's CUDA kernels cannot run on this device, None if they can
         head_dim: the larger of attention's two
         interpreted: Triton's kernels run in its interpreter, on any device; for tests, never chosen freely
     Raises:
@@ -177,9 +243,13 @@ def choose(
         RuntimeError: the backend wished for cannot serve the request, with the reason
     """
     if wish is None:
-        for backend in ("cpu", "triton"):
+        for backend in ("cpu", "cuda", "triton"):
             why_not = refusal(
-                backend, op, device, dtype, transformed=transformed, missing=missing, head_dim=head_dim
+                *(backend, op, device, dtype),
+                transformed=transformed,
+                missing=missing,
+                no_cuda=no_cuda,
+                head_dim=head_dim,
             )
             if why_not is None:
                 return backend
@@ -189,6 +259,7 @@ def choose(
         *(wish, op, device, dtype),
         transformed=transformed,
         missing=missing,
+        no_cuda=no_cuda,
         head_dim=head_dim,
         interpreted=interpreted,
     )

@@ -1,7 +1,7 @@
 """Fake kernels: the shapes, dtypes and devices of the operators' outputs, for torch.compile, torch.export and
 meta tensors.
 
-The recurrent layers' schemas are in csrc/library.cpp; without the compiled extension there is nothing to
+The recurrent layers' schemas are in csrc/operators.h; without the compiled extension there is nothing to
 register for them. Attention's are in _attention.py.
 """
 

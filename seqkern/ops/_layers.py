@@ -12,6 +12,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqkern.ops import _backend
+
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 SIXTEEN_BITS = frozenset({torch.bfloat16, torch.float16})
 
@@ -160,7 +162,8 @@ def _check_batch_sizes(batch_sizes: Tensor, N: int) -> tuple[int, int]:
 
 
 def check_lengths(lengths: Tensor, T: int, B: int, device: torch.device, name: str = "lengths") -> Tensor:
-    """lengths [B] as int64, each in 0..T."""
+    """lengths [B] as int64, each in 0..T: checked on a CPU; on other devices, where looking would cost a
+    synchronisation, every backend takes a length below 0 for 0 and one beyond T for T."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"{name}: expected a [B] integer tensor, got {type(lengths).__name__}")
     if lengths.dtype not in INTEGERS:
@@ -169,7 +172,7 @@ def check_lengths(lengths: Tensor, T: int, B: int, device: torch.device, name: s
         raise ValueError(f"{name}: expected [B] = ({B},), got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{name}: expected the device of the input, {device}, got {lengths.device}")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and device.type == "cpu":
         # A graph cannot look at values while it is traced; this looks when it runs.
         in_range = ((lengths >= 0) & (lengths <= T)).all()
         torch._assert_async(in_range, f"{name}: expected values in 0..T")
@@ -199,6 +202,21 @@ def transformed(*groups: Sequence[Tensor]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(t).tangent is not None for group in groups for t in group)
+
+
+def choose_backend(
+    op: str, input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], backend: str | None
+) -> str:
+    """The backend for a recurrent layer, `backend` being the caller's wish."""
+    return _backend.choose(
+        op,
+        device_type(input),
+        input.dtype,
+        transformed=transformed((input,), states, params),
+        wish=_backend.current_wish() if backend is None else backend,
+        missing=_backend.WHY_NO_KERNELS,
+        no_cuda=_backend.why_no_cuda(input),
+    )
 
 
 def wants_grad(*groups: Sequence[Tensor]) -> bool:

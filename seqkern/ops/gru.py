@@ -37,10 +37,10 @@ def gru(
             [3H]: torch.nn's order; gates in the order r, z, n
         lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
             the reverse direction starts at the last valid step, and h_n is the state after it (h_0 where the
-            length is 0)
+            length is 0). On a GPU, where nobody looks, others are clamped to 0..T
         batch_sizes: [T] int64 on the CPU, non-increasing, as in a PackedSequence; not with lengths
         dropout: probability with which, in training, outputs of all layers but the last are dropped
-        backend: "eager" or "cpu"; None: the fastest that is correct. See seqkern.use_backend
+        backend: "eager", "cpu" or "cuda"; None: the fastest that is correct. See seqkern.use_backend
     Returns:
         output: [T, B, D*H] or [N, D*H];  h_n: [L*D, B, H]; dtype of input (under torch.autocast torch.nn's)
     Raises:
@@ -101,14 +101,7 @@ def gru_cell(
 
 
 def _choose_layer(input, states, params, backend):
-    chosen = _backend.choose(
-        "gru",
-        _layers.device_type(input),
-        input.dtype,
-        transformed=_layers.transformed((input,), states, params),
-        wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_KERNELS,
-    )
+    chosen = _layers.choose_backend("gru", input, states, params, backend)
     return _eager_layer if chosen == "eager" else _operator_layer
 
 

@@ -38,11 +38,11 @@ def rnn(
             torch.nn's order
         lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
             the reverse direction starts at the last valid step, and h_n is the state after it (h_0 where the
-            length is 0)
+            length is 0). On a GPU, where nobody looks, others are clamped to 0..T
         batch_sizes: [T] int64 on the CPU, non-increasing, as in a PackedSequence; not with lengths
         nonlinearity: "tanh" or "relu"
         dropout: probability with which, in training, outputs of all layers but the last are dropped
-        backend: "eager" or "cpu"; None: the fastest that is correct. See seqkern.use_backend
+        backend: "eager", "cpu" or "cuda"; None: the fastest that is correct. See seqkern.use_backend
     Returns:
         output: [T, B, D*H] or [N, D*H];  h_n: [L*D, B, H]; dtype of input (under torch.autocast torch.nn's)
     Raises:
@@ -115,14 +115,7 @@ def rnn_cell(
 def _choose_layer(input, states, params, nonlinearity, backend):
     if nonlinearity not in _EAGER_LAYER:
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
-    chosen = _backend.choose(
-        "rnn",
-        _layers.device_type(input),
-        input.dtype,
-        transformed=_layers.transformed((input,), states, params),
-        wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_KERNELS,
-    )
+    chosen = _layers.choose_backend("rnn", input, states, params, backend)
     return (_EAGER_LAYER if chosen == "eager" else _OPERATOR_LAYER)[nonlinearity]
 
 

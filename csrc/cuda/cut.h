@@ -1,0 +1,136 @@
+// How a persistent kernel cuts its work and its shared memory: what plan.cpp (host) and
+// recurrence.cuh (device) must agree on.
+//
+// Units (of h, or before a projection) come in *tiles* of 16, the sum over k in *chunks* of 64
+// bytes of k (32 numbers of 16 bits, 16 of 32 bits), the batch in *columns* of 8 rows.
+//
+// A step is one *leg*: a matrix in place times a vector that the blocks of a group exchange, then
+// what happens to its results unit by unit. With a projection it is two legs; the results of each
+// are the vector of the other.
+//   forward    W_hh h -> gates -> h                projected: W_hh h -> gates -> m;  W_hr m -> h
+//   backward   W_hh^T dpre -> dh -> gates -> dpre  projected: W_hh^T dpre -> dh;
+//                                                             W_hr^T dh -> gates -> dpre
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+#ifdef __CUDACC__
+#define SEQKERN_BOTH __host__ __device__
+#else
+#define SEQKERN_BOTH
+#endif
+
+namespace seqkern::cuda {
+
+constexpr int kWarps = 8;  // of a block
+constexpr int kThreads = kWarps * 32;
+constexpr int kTile = 16;        // units
+constexpr int kColumn = 8;       // rows of the batch
+constexpr int kChunkBytes = 64;  // of k, one row
+constexpr int kItems = 4;        // (row, unit) pairs whose state a thread keeps; so
+constexpr int kMostTileRows = kItems * kThreads / kTile;  // tiles * batch of a block
+
+// Chunks of the first leg's matrix that a warp keeps in registers, 8 of each per lane and row of
+// tiles. The others lie in shared memory, and so do the second leg's.
+SEQKERN_BOTH constexpr int register_chunks(int legs, int leg, int m) {
+  if (leg == 1) return 0;
+  if (legs == 2) return m == 1 ? 12 : 3;
+  return m == 1 ? 12 : m == 3 ? 5 : 4;
+}
+
+constexpr int kSumStride = 20;  // floats from one row's sums to the next: no bank conflicts
+constexpr int kSumBytes = kColumn * kSumStride * 4;  // partial sums of a tile's 16 x 8 products
+
+SEQKERN_BOTH constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Chunks that warp `split` of `splits` starts at.
+SEQKERN_BOTH constexpr int first_chunk(int chunks, int split, int splits) {
+  return int(int64_t(chunks) * split / splits);
+}
+
+struct LegShape {
+  int tiles;       // of units that the matrix gives
+  int m;           // rows of tiles of the matrix per tile of units
+  int numbers;     // of the vector per unit of the vector
+  int tile_bytes;  // of k per tile of the vector: what such a tile gives one row of the batch
+  int chunks;      // of k
+};
+
+// What a cell, a pass and a projection make of the sizes.
+struct Shape {
+  int gates;  // W_hh's
+  int slots;  // pre-activations
+  int legs;
+  LegShape leg[2];
+};
+
+SEQKERN_BOTH constexpr LegShape leg_shape(int64_t units, int m, int64_t vector_units, int numbers,
+                                          int element_bytes) {
+  LegShape leg{};
+  leg.tiles = int(divide_up(units, kTile));
+  leg.m = m;
+  leg.numbers = numbers;
+  leg.tile_bytes = kTile * element_bytes * numbers;
+  leg.chunks = int(divide_up(divide_up(vector_units, kTile) * leg.tile_bytes, kChunkBytes));
+  return leg;
+}
+
+SEQKERN_BOTH constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pass, int64_t H,
+                                      int64_t P, bool projected) {
+  Shape shape{};
+  shape.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
+  shape.slots = cell == CellKind::gru ? 4 : shape.gates;
+  shape.legs = projected ? 2 : 1;
+  if (pass == Pass::forward) {
+    shape.leg[0] = leg_shape(H, shape.gates, P, 1, element_bytes);
+    if (shape.legs == 2) shape.leg[1] = leg_shape(P, 1, H, 1, element_bytes);
+  } else {
+    shape.leg[0] = leg_shape(P, 1, H, shape.gates, element_bytes);
+    if (shape.legs == 2) shape.leg[1] = leg_shape(H, 1, P, 1, element_bytes);
+  }
+  return shape;
+}
+
+// The leg whose results are leg i's vector.
+SEQKERN_BOTH constexpr int source_of(int legs, int i) { return legs - 1 - i; }
+
+// Byte offsets in shared memory.
+struct SharedLayout {
+  int64_t exchange[2];  // [leg] of [2][columns][chunks][8][64]; not with Tier::grid
+  int64_t weights[2];   // [leg] of [warps][chunks beyond the registers'][m][2][32] of 16 bytes
+  int64_t sums;         // [splits][tiles][m][columns][8][kSumStride] float, the legs in turn
+  int64_t stage;        // [kWarps][stage_bytes]
+  int64_t bias;         // [slots][tiles * 16] float
+  int64_t barriers;     // [leg][2] of 8 bytes
+  int64_t bytes;        // of it all
+  int stage_bytes;      // a granule's of either leg
+};
+
+SEQKERN_BOTH constexpr SharedLayout shared_layout(const Shape& shape, const Plan& plan) {
+  const int64_t columns = plan.batch / kColumn;
+  SharedLayout at{};
+  int64_t next = 0, sums = 0;
+  for (int i = 0; i < shape.legs; i++) {
+    const LegShape& leg = shape.leg[i];
+    at.exchange[i] = next;
+    if (plan.tier != Tier::grid) next += 2 * columns * leg.chunks * kColumn * kChunkBytes;
+    const int64_t warps = plan.tiles[i] * plan.splits[i];
+    const int64_t beyond =
+        divide_up(leg.chunks, plan.splits[i]) - register_chunks(shape.legs, i, leg.m);
+    at.weights[i] = next;
+    if (beyond > 0) next += warps * beyond * leg.m * 1024;
+    const int64_t bytes = warps * leg.m * columns * kSumBytes;
+    if (bytes > sums) sums = bytes;
+    if (2 * leg.tile_bytes > at.stage_bytes) at.stage_bytes = 2 * leg.tile_bytes;
+  }
+  at.sums = next;
+  at.stage = at.sums + sums;
+  at.bias = at.stage + kWarps * at.stage_bytes;
+  at.barriers = at.bias + shape.slots * plan.tiles[0] * kTile * 4;
+  at.bytes = at.barriers + 32;
+  return at;
+}
+
+}  // namespace seqkern::cuda

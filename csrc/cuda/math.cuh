@@ -1,0 +1,82 @@
+// Stored and computed numbers, and the Math that cell.h's gates are computed with.
+#pragma once
+
+#include <type_traits>
+
+#include "../cell.h"
+#include "../params.h"
+#include "kernels.h"
+#include "ptx.cuh"
+
+namespace seqkern::cuda {
+
+// What S is computed in.
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return from_bf16_bits(x.bits); }
+__device__ __forceinline__ float widen(f16 x) { return from_f16_bits(x.bits); }
+
+template <class S>
+__device__ __forceinline__ S narrow(Compute<S> x) {
+  if constexpr (sizeof(S) > 2)
+    return x;
+  else if constexpr (std::is_same_v<S, bf16>)
+    return bf16{bf16_bits(x)};
+  else
+    return f16{f16_bits(x)};
+}
+
+// Activations for results stored as S: to a few ulp of float32 for 16-bit S, else as exact as
+// CUDA's own.
+template <class S>
+struct Math {
+  using V = Compute<S>;
+  static constexpr bool kFast = sizeof(S) == 2;
+
+  static __device__ __forceinline__ V sigmoid(V x) {
+    if constexpr (kFast)
+      return fast_divide(1.0f, 1.0f + fast_exp(-x));
+    else
+      return V(1) / (V(1) + exp(-x));
+  }
+  static __device__ __forceinline__ V tanh(V x) {
+    if constexpr (kFast)
+      return 2.0f * sigmoid(2.0f * x) - 1.0f;
+    else
+      return ::tanh(x);
+  }
+};
+
+// The gates have one slot each but for a GRU's n and n'. cell.h's slots are n r z n'; in memory
+// they lie in PyTorch's order, r z n n'.
+template <class Cell>
+__host__ __device__ constexpr int stored_slot(int slot) {
+  return Cell::kSlots == Cell::kGates ? slot
+         : slot == Cell::kSlots - 1   ? slot
+                                      : (slot + Cell::kGates - 1) % Cell::kGates;
+}
+
+// Steps of batch row b.
+__device__ __forceinline__ int64_t length_of(const Rows& rows, int64_t b) {
+  if (rows.lengths == nullptr) return rows.T;
+  const int64_t length = rows.lengths[b];
+  return length < 0 ? 0 : length > rows.T ? rows.T : length;
+}
+
+// The row of (t, b).
+__device__ __forceinline__ int64_t row_of(const Rows& rows, int64_t t, int64_t b) {
+  return (rows.first != nullptr ? rows.first[t] : t * rows.B) + b;
+}
+
+}  // namespace seqkern::cuda
