@@ -8,6 +8,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_facts.h"
@@ -110,4 +111,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_cuda_tier",
              [](const std::string& name) { seqkern::cuda::force_tier(name.c_str()); });
   module.def("cuda_plan", &cuda_plan);
+  module.def("cuda_facts", [](int device) {
+    const seqkern::cuda::Facts facts = seqkern::cuda::device_facts(device);
+    return std::make_tuple(facts.capability, facts.sms, facts.shared_bytes, facts.max_cluster);
+  });
 }

@@ -34,15 +34,9 @@ FACTS = {
 }
 
 
-def facts_of(device: torch.device | int | None = None) -> Facts:
-    """The facts of a CUDA device that is here; None for the current one."""
-    found = torch.cuda.get_device_properties(device if device is not None else torch.cuda.current_device())
-    return Facts(
-        10 * found.major + found.minor,
-        found.multi_processor_count,
-        found.shared_memory_per_block_optin,
-        16 if found.major >= 9 else 1,
-    )
+def facts_of(device: int) -> Facts:
+    """The facts of a CUDA device that is here, as the kernels' launches see them."""
+    return Facts(*_extension._C.cuda_facts(device))
 
 
 def plan(
@@ -80,7 +74,7 @@ def plan(
         raise RuntimeError(f"plan: {_extension.WHY_NOT or 'this extension has no CUDA planner'}")
     if device is None and not torch.cuda.is_available():
         raise RuntimeError(f"plan: expected a device, one of {', '.join(FACTS)}: there is none here")
-    facts = FACTS[device] if device is not None else facts_of()
+    facts = FACTS[device] if device is not None else facts_of(torch.cuda.current_device())
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
     sizes = (steps, batch, hidden, proj_size or hidden, 2 if bidirectional else 1)
     dtype_name = str(dtype).removeprefix("torch.")

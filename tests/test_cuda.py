@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import DTYPES, KINDS, Case, full_cross, legal, option_factors, our_layer, pairwise, unique
 from compare import agree, check_parity, evaluate, flat, packed_call, poisoned, same_bits
-from cuda_on_cpu import Facts, build_and_load, counters, emulated, why_not
+from cuda_on_cpu import A100, Facts, build_and_load, counters, emulated, why_not
 from test_lengths import PATTERNS, make_lengths, padding, with_lengths
 from test_packed import through_packing
 from torch import Tensor
@@ -461,6 +461,32 @@ def test_any_cut_at_length(part: int) -> None:
             check_cut(cut)
 
 
+@pytest.mark.parametrize(("kind", "H"), [("rnn", 512), ("gru", 384)])
+def test_long_sums_of_float32(kind: str, H: int) -> None:
+    """Many products added up by one warp: the tensor cores' truncation must not pile up."""
+    facts = Facts(sms=8)
+    case = Case(kind, T=4, B=5, I=9, H=H)
+    layer = case.torch_layer()
+    with emulated("grid", facts=facts):
+        check_parity(layer, our_layer(layer), *case.inputs(), case)
+
+
+@pytest.mark.parametrize("case", layers(T=3, H=140), ids=str)
+def test_a_device_that_is_smaller_than_it_says(case: Case) -> None:
+    """Where part of it is reserved, blocks that wait for each other may not fit: then it goes step by step,
+    unless the tier was asked for."""
+    layer = case.torch_layer()
+    with emulated(facts=A100, free_sms=1):
+        check_parity(layer, our_layer(layer), *case.inputs(), case)
+        assert counters().launches > 2 * case.T, "not step by step"
+    with (
+        emulated("cluster", free_sms=1),
+        pytest.raises(RuntimeError, match="'cluster' was asked for: the device"),
+    ):
+        layer_ = our_layer(layer)
+        layer_(*case.inputs())
+
+
 @needs_planner
 def test_the_cuts_differ() -> None:
     """What the tests above rest on: each tier is there, with several tiles and splits, and jobs in turns."""
@@ -471,7 +497,7 @@ def test_the_cuts_differ() -> None:
         blocks, rows, tiles, _, splits, _, running, jobs = zip(*mine, strict=True)
         assert set(rows) >= {8, 16}
         assert len(set(tiles)) >= 3
-        assert {1, 2} <= set(splits)
+        assert len(set(splits)) >= 3
         assert any(a < b for a, b in zip(running, jobs, strict=True)), f"{tier}: no job waits for its turn"
         assert tier == "block" or max(blocks) >= 5
 

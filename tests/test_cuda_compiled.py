@@ -22,7 +22,7 @@ RECORDED = Path(__file__).with_name("cuda_resources.json")
 PRODUCTS = ("f16", "bf16", "tf32", "tf32x3")
 KERNEL = re.compile(
     r"Function _ZN7seqkern4cuda\d+(?P<way>forward|backward)_kernelINS\S*?\d(?P<cell>Lstm|Gru|Rnn)Cell\S*?"
-    r"LNS0_7ProductE(?P<product>\d)ELb(?P<grid>[01])ELb(?P<projected>[01])E\S*:"
+    r"LNS0_7ProductE(?P<product>\d)ELb(?P<grid>[01])ELb(?P<projected>[01])ELi(?P<items>\d)E\S*:"
     r"\s*REG:(?P<registers>\d+) STACK:(?P<stack>\d+)"
 )
 
@@ -40,7 +40,7 @@ def cuobjdump() -> str | None:
 
 
 def resources(extension: Path) -> dict[str, dict[str, int]]:
-    """Registers and bytes of stack by "sm_90a lstm forward bf16 grid"."""
+    """Registers and bytes of stack by "sm_90a lstm forward bf16 grid 1": the last, pairs per thread."""
     program = cuobjdump()
     assert program is not None
     run = subprocess.run(
@@ -53,7 +53,7 @@ def resources(extension: Path) -> dict[str, dict[str, int]]:
         for k in KERNEL.finditer(part):
             exchange = "grid" if k["grid"] == "1" else "shared"
             cell = k["cell"].lower() + (" projected" if k["projected"] == "1" else "")
-            name = f"{arch[1]} {cell} {k['way']} {PRODUCTS[int(k['product'])]} {exchange}"
+            name = f"{arch[1]} {cell} {k['way']} {PRODUCTS[int(k['product'])]} {exchange} {k['items']}"
             found[name] = {"registers": int(k["registers"]), "stack": int(k["stack"])}
     return found
 
@@ -82,12 +82,13 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     cells, ways = ("lstm", "lstm projected", "gru", "rnn"), ("forward", "backward")
     exchanges = ("shared", "grid")
     expected = {
-        f"{arch} {cell} {way} {product} {exchange}"
+        f"{arch} {cell} {way} {product} {exchange} {items}"
         for arch in archs
         for cell in cells
         for way in ways
         for product in PRODUCTS
         for exchange in exchanges
+        for items in (1, 2)
     }
     assert found.keys() == expected
 

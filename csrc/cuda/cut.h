@@ -29,19 +29,25 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kTile = 16;        // units
 constexpr int kColumn = 8;       // rows of the batch
 constexpr int kChunkBytes = 64;  // of k, one row
-constexpr int kItems = 4;        // (row, unit) pairs whose state a thread keeps; so
-constexpr int kMostTileRows = kItems * kThreads / kTile;  // tiles * batch of a block
+constexpr int kMostItems = 2;    // (row, unit) pairs whose state a thread keeps: 1 or 2; so
+constexpr int kMostTileRows = kMostItems * kThreads / kTile;  // tiles * batch of a block
 
 // Chunks of the first leg's matrix that a warp keeps in registers, 8 of each per lane and row of
-// tiles. The others lie in shared memory, and so do the second leg's.
-SEQKERN_BOTH constexpr int register_chunks(int legs, int leg, int m) {
+// tiles. The others lie in shared memory, and so do the second leg's. `three`: of 3 x TF32, whose
+// parts and separate sums want registers too.
+SEQKERN_BOTH constexpr int register_chunks(int legs, int leg, int m, bool three) {
   if (leg == 1) return 0;
-  if (legs == 2) return m == 1 ? 12 : 3;
-  return m == 1 ? 12 : m == 3 ? 5 : 4;
+  if (legs == 2) return m == 1 ? (three ? 8 : 12) : three ? 2 : 3;
+  return m == 1 ? (three ? 9 : 12) : m == 3 ? (three ? 4 : 5) : three ? 3 : 4;
 }
 
-constexpr int kSumStride = 20;  // floats from one row's sums to the next: no bank conflicts
-constexpr int kSumBytes = kColumn * kSumStride * 4;  // partial sums of a tile's 16 x 8 products
+// Partial sums of a tile of units and a column, [8][16 units] with what follows a row so that banks
+// do not conflict: of m = 1 a float each, else a float4, of which gate m is the m-th.
+constexpr int kSumStride = 20;   // floats from one row to the next, m = 1
+constexpr int kSumStride4 = 17;  // float4s
+SEQKERN_BOTH constexpr int sum_bytes(int m) {
+  return kColumn * (m == 1 ? kSumStride * 4 : kSumStride4 * 16);
+}
 
 SEQKERN_BOTH constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,11 +57,12 @@ SEQKERN_BOTH constexpr int first_chunk(int chunks, int split, int splits) {
 }
 
 struct LegShape {
-  int tiles;       // of units that the matrix gives
-  int m;           // rows of tiles of the matrix per tile of units
-  int numbers;     // of the vector per unit of the vector
-  int tile_bytes;  // of k per tile of the vector: what such a tile gives one row of the batch
-  int chunks;      // of k
+  int tiles;            // of units that the matrix gives
+  int m;                // rows of tiles of the matrix per tile of units
+  int numbers;          // of the vector per unit of the vector
+  int tile_bytes;       // of k per tile of the vector: what such a tile gives one row of the batch
+  int chunks;           // of k
+  int register_chunks;  // of them, per warp
 };
 
 // What a cell, a pass and a projection make of the sizes.
@@ -78,7 +85,7 @@ SEQKERN_BOTH constexpr LegShape leg_shape(int64_t units, int m, int64_t vector_u
 }
 
 SEQKERN_BOTH constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pass, int64_t H,
-                                      int64_t P, bool projected) {
+                                      int64_t P, bool projected, bool three) {
   Shape shape{};
   shape.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
   shape.slots = cell == CellKind::gru ? 4 : shape.gates;
@@ -90,6 +97,8 @@ SEQKERN_BOTH constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pas
     shape.leg[0] = leg_shape(P, 1, H, shape.gates, element_bytes);
     if (shape.legs == 2) shape.leg[1] = leg_shape(H, 1, P, 1, element_bytes);
   }
+  for (int i = 0; i < shape.legs; i++)
+    shape.leg[i].register_chunks = register_chunks(shape.legs, i, shape.leg[i].m, three);
   return shape;
 }
 
@@ -100,9 +109,9 @@ SEQKERN_BOTH constexpr int source_of(int legs, int i) { return legs - 1 - i; }
 struct SharedLayout {
   int64_t exchange[2];  // [leg] of [2][columns][chunks][8][64]; not with Tier::grid
   int64_t weights[2];   // [leg] of [warps][chunks beyond the registers'][m][2][32] of 16 bytes
-  int64_t sums;         // [splits][tiles][m][columns][8][kSumStride] float, the legs in turn
+  int64_t sums;         // [tiles][columns][splits] of sum_bytes(m), the legs in turn
   int64_t stage;        // [kWarps][stage_bytes]
-  int64_t bias;         // [slots][tiles * 16] float
+  int64_t bias;         // [tiles * 16][slots] float
   int64_t barriers;     // [leg][2] of 8 bytes
   int64_t bytes;        // of it all
   int stage_bytes;      // a granule's of either leg
@@ -117,11 +126,10 @@ SEQKERN_BOTH constexpr SharedLayout shared_layout(const Shape& shape, const Plan
     at.exchange[i] = next;
     if (plan.tier != Tier::grid) next += 2 * columns * leg.chunks * kColumn * kChunkBytes;
     const int64_t warps = plan.tiles[i] * plan.splits[i];
-    const int64_t beyond =
-        divide_up(leg.chunks, plan.splits[i]) - register_chunks(shape.legs, i, leg.m);
+    const int64_t beyond = divide_up(leg.chunks, plan.splits[i]) - leg.register_chunks;
     at.weights[i] = next;
     if (beyond > 0) next += warps * beyond * leg.m * 1024;
-    const int64_t bytes = warps * leg.m * columns * kSumBytes;
+    const int64_t bytes = warps * columns * sum_bytes(leg.m);
     if (bytes > sums) sums = bytes;
     if (2 * leg.tile_bytes > at.stage_bytes) at.stage_bytes = 2 * leg.tile_bytes;
   }

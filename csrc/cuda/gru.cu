@@ -3,12 +3,12 @@
 
 namespace seqkern::cuda {
 
-void gru_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  forward_of<GruCell>(params, persistent, stream);
+bool gru_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
+  return forward_of<GruCell>(params, persistent, stream);
 }
 
-void gru_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
-  backward_of<GruCell>(params, persistent, stream);
+bool gru_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
+  return backward_of<GruCell>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

@@ -71,6 +71,7 @@ struct Persistent {
   const void* matrix[2][2];  // [D][leg], see matrix_shape
   void* exchange;            // exchange_bytes of zeros; Tier::grid only
   uint32_t* flags;           // flag_count of zeros; Tier::grid only
+  int shared_limit;          // Facts::shared_bytes
 };
 
 // A leg's matrix (cut.h) is [m, rows, k], padded with zeros to whole tiles and to 64 bytes of k:
@@ -85,16 +86,18 @@ MatrixShape matrix_shape(const PlanRequest& request, int leg);
 size_t exchange_bytes(const PlanRequest& request, const Plan& plan);
 size_t flag_count(const Plan& plan);
 
-// Throw std::runtime_error when CUDA refuses. On `stream` (a cudaStream_t) of the current device.
-void persistent_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
-void persistent_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+// On `stream` (a cudaStream_t) of the current device. False: the device does not let so many blocks
+// run at a time (a share of it is reserved, say), and nothing was launched. Throw
+// std::runtime_error when CUDA refuses for another reason.
+bool persistent_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool persistent_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 // By cell, as these two choose:
-void lstm_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
-void lstm_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
-void gru_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
-void gru_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
-void rnn_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
-void rnn_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+bool lstm_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool lstm_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+bool gru_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool gru_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+bool rnn_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool rnn_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 
 // ---- step by step (stepwise.cu): one launch per step, W_hh's product between them; any dtype ---
 

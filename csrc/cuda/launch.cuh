@@ -38,18 +38,20 @@ inline Cut cut_of(const Persistent& persistent, const Shape& shape, int64_t H, i
 
 // Blocks of a cluster wait for each other, and so do those of a group in Tier::grid: either all of
 // them run at once or none does, whatever else holds multiprocessors. The former is a cluster's
-// nature, the latter the cooperative attribute's promise.
+// nature, the latter the cooperative attribute's promise. False: they never would.
 template <class Params>
-void launch_persistent(PersistentKernel<Params> kernel, const char* name, const Params& params,
+bool launch_persistent(PersistentKernel<Params> kernel, const char* name, const Params& params,
                        const Persistent& persistent, Pass pass, void* stream) {
   const Plan& plan = persistent.plan;
   const int element_bytes = params.dtype == Dtype::f32 ? 4 : 2;
-  const Shape shape = shape_of(params.cell, element_bytes, pass, params.H, params.P,
-                               persistent.matrix[0][1] != nullptr);
+  const Shape shape =
+      shape_of(params.cell, element_bytes, pass, params.H, params.P,
+               persistent.matrix[0][1] != nullptr, params.dtype == Dtype::f32 && !persistent.tf32);
   const SharedLayout layout = shared_layout(shape, plan);
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(layout.bytes)),
-      name);
+  // Always to the most there is: another thread may be about to launch the same kernel.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             persistent.shared_limit),
+        name);
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(plan.blocks * plan.groups));
@@ -69,58 +71,91 @@ void launch_persistent(PersistentKernel<Params> kernel, const char* name, const 
     attribute.val.cooperative = 1;
   }
   const Cut cut = cut_of(persistent, shape, params.H, element_bytes);
-  check(cudaLaunchKernelEx(&config, kernel, params, cut, layout), name);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params, cut, layout);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+      error == cudaErrorLaunchOutOfResources) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  check(error, name);
+  return true;
 }
 
-// One cell's kernel for a dtype, a way to exchange and, for an LSTM, a projection.
-template <template <class> class Cell, class S, Product kProduct>
-void launch_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  using C = Cell<Math<S>>;
+// (row, unit) pairs that a thread of this plan keeps.
+inline int items_of(const Plan& plan) {
+  const int tiles = plan.tiles[0] > plan.tiles[1] ? plan.tiles[0] : plan.tiles[1];
+  return int(divide_up(int64_t(tiles) * plan.batch * kTile, kThreads));
+}
+
+// One cell's kernel for a dtype, a way to exchange, items per thread and, for an LSTM, a
+// projection.
+template <class C, class S, Product kProduct, int kItems>
+bool launch_forward_items(const ForwardParams& params, const Persistent& persistent, void* stream) {
   const bool grid = persistent.plan.tier == Tier::grid;
-  PersistentKernel<ForwardParams> kernel = grid ? forward_kernel<C, S, kProduct, true, false>
-                                                : forward_kernel<C, S, kProduct, false, false>;
+  PersistentKernel<ForwardParams> kernel =
+      grid ? forward_kernel<C, S, kProduct, true, false, kItems>
+           : forward_kernel<C, S, kProduct, false, false, kItems>;
   if constexpr (C::kHasC)
     if (persistent.matrix[0][1] != nullptr)
-      kernel = grid ? forward_kernel<C, S, kProduct, true, true>
-                    : forward_kernel<C, S, kProduct, false, true>;
-  launch_persistent(kernel, "forward_kernel", params, persistent, Pass::forward, stream);
+      kernel = grid ? forward_kernel<C, S, kProduct, true, true, kItems>
+                    : forward_kernel<C, S, kProduct, false, true, kItems>;
+  return launch_persistent(kernel, "forward_kernel", params, persistent, Pass::forward, stream);
 }
 
 template <template <class> class Cell, class S, Product kProduct>
-void launch_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
+bool launch_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
   using C = Cell<Math<S>>;
+  static_assert(kMostItems == 2);
+  return items_of(persistent.plan) == 1
+             ? launch_forward_items<C, S, kProduct, 1>(params, persistent, stream)
+             : launch_forward_items<C, S, kProduct, 2>(params, persistent, stream);
+}
+
+template <class C, class S, Product kProduct, int kItems>
+bool launch_backward_items(const BackwardParams& params, const Persistent& persistent,
+                           void* stream) {
   const bool grid = persistent.plan.tier == Tier::grid;
-  PersistentKernel<BackwardParams> kernel = grid ? backward_kernel<C, S, kProduct, true, false>
-                                                 : backward_kernel<C, S, kProduct, false, false>;
+  PersistentKernel<BackwardParams> kernel =
+      grid ? backward_kernel<C, S, kProduct, true, false, kItems>
+           : backward_kernel<C, S, kProduct, false, false, kItems>;
   if constexpr (C::kHasC)
     if (persistent.matrix[0][1] != nullptr)
-      kernel = grid ? backward_kernel<C, S, kProduct, true, true>
-                    : backward_kernel<C, S, kProduct, false, true>;
-  launch_persistent(kernel, "backward_kernel", params, persistent, Pass::backward, stream);
+      kernel = grid ? backward_kernel<C, S, kProduct, true, true, kItems>
+                    : backward_kernel<C, S, kProduct, false, true, kItems>;
+  return launch_persistent(kernel, "backward_kernel", params, persistent, Pass::backward, stream);
+}
+
+template <template <class> class Cell, class S, Product kProduct>
+bool launch_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
+  using C = Cell<Math<S>>;
+  static_assert(kMostItems == 2);
+  return items_of(persistent.plan) == 1
+             ? launch_backward_items<C, S, kProduct, 1>(params, persistent, stream)
+             : launch_backward_items<C, S, kProduct, 2>(params, persistent, stream);
 }
 
 template <template <class> class Cell>
-void forward_of(const ForwardParams& params, const Persistent& persistent, void* stream) {
+bool forward_of(const ForwardParams& params, const Persistent& persistent, void* stream) {
   if (params.dtype == Dtype::f16)
-    launch_forward<Cell, f16, Product::f16>(params, persistent, stream);
+    return launch_forward<Cell, f16, Product::f16>(params, persistent, stream);
   else if (params.dtype == Dtype::bf16)
-    launch_forward<Cell, bf16, Product::bf16>(params, persistent, stream);
+    return launch_forward<Cell, bf16, Product::bf16>(params, persistent, stream);
   else if (persistent.tf32)
-    launch_forward<Cell, float, Product::tf32>(params, persistent, stream);
+    return launch_forward<Cell, float, Product::tf32>(params, persistent, stream);
   else
-    launch_forward<Cell, float, Product::tf32_3>(params, persistent, stream);
+    return launch_forward<Cell, float, Product::tf32_3>(params, persistent, stream);
 }
 
 template <template <class> class Cell>
-void backward_of(const BackwardParams& params, const Persistent& persistent, void* stream) {
+bool backward_of(const BackwardParams& params, const Persistent& persistent, void* stream) {
   if (params.dtype == Dtype::f16)
-    launch_backward<Cell, f16, Product::f16>(params, persistent, stream);
+    return launch_backward<Cell, f16, Product::f16>(params, persistent, stream);
   else if (params.dtype == Dtype::bf16)
-    launch_backward<Cell, bf16, Product::bf16>(params, persistent, stream);
+    return launch_backward<Cell, bf16, Product::bf16>(params, persistent, stream);
   else if (persistent.tf32)
-    launch_backward<Cell, float, Product::tf32>(params, persistent, stream);
+    return launch_backward<Cell, float, Product::tf32>(params, persistent, stream);
   else
-    launch_backward<Cell, float, Product::tf32_3>(params, persistent, stream);
+    return launch_backward<Cell, float, Product::tf32_3>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

@@ -178,14 +178,17 @@ class Call : public LayerCall {
 struct Planned {
   PlanRequest request;
   Plan plan;
+  int shared_limit;
+  bool forced;
 };
 
 Planned plan(const Call& call, Pass pass, bool tf32) {
   const PlanRequest request{call.cell, dtype_of(call.x), pass,   tf32,   call.T,
                             call.B,    call.H,           call.P, call.D, call.projected};
   const int forced = forced_tier.load(std::memory_order_relaxed);
-  return {request,
-          choose(request, device_facts(call.device), forced == kFree ? nullptr : &kTiers[forced])};
+  const Facts facts = device_facts(call.device);
+  return {request, choose(request, facts, forced == kFree ? nullptr : &kTiers[forced]),
+          facts.shared_bytes, forced != kFree};
 }
 
 // The matrix of direction d and a leg, laid out as kernels.h says.
@@ -215,6 +218,7 @@ struct Prepared {
   Prepared(const Call& call, const Planned& planned) {
     persistent.plan = planned.plan;
     persistent.tf32 = planned.request.tf32;
+    persistent.shared_limit = planned.shared_limit;
     for (int64_t d = 0; d < call.D; d++) {
       for (int leg = 0; leg < (call.projected ? 2 : 1); leg++) {
         matrix[d][leg] = matrix_of(call, planned.request, d, leg);
@@ -232,6 +236,19 @@ struct Prepared {
   Persistent persistent{};
   Tensor matrix[2][2], exchange, flags;
 };
+
+// Was the recurrence left to a persistent kernel? Else it has to go step by step: the plan says so,
+// or the device does not let the kernel's blocks run at a time.
+template <class Launch>
+bool launched(const Call& call, const Planned& planned, const Launch& launch) {
+  if (planned.plan.tier == Tier::step) return false;
+  const Prepared prepared(call, planned);
+  if (launch(prepared.persistent)) return true;
+  TORCH_CHECK(!planned.forced, "cuda tier '", name_of(planned.plan.tier),
+              "' was asked for: the device does not let ",
+              planned.plan.blocks * planned.plan.groups, " blocks run at a time");
+  return false;
+}
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -294,22 +311,21 @@ ForwardResult layer_forward(CellKind cell, const Tensor& x, const Tensor& h0, co
   p.y = result.y.mutable_data_ptr();
   p.reserve = reserves ? result.reserve.mutable_data_ptr() : nullptr;
 
-  const Planned planned = plan(call, Pass::forward, scope.tf32);
-  if (planned.plan.tier == Tier::step) {
-    result.h_n = call.h0.clone();
+  result.h_n = at::empty({call.D, call.B, call.P}, call.options);
+  p.h_n = result.h_n.mutable_data_ptr();
+  if (lstm) {
+    result.c_n = at::empty({call.D, call.B, call.H}, call.options);
+    p.c_n = result.c_n.mutable_data_ptr();
+  }
+  const auto launch = [&](const Persistent& persistent) {
+    return persistent_forward(p, persistent, call.stream);
+  };
+  if (!launched(call, plan(call, Pass::forward, scope.tf32), launch)) {
+    result.h_n.copy_(call.h0);
     Tensor c;
     if (lstm) c = call.c0.to(call.compute, /*non_blocking=*/false, /*copy=*/true);
     forward_steps(call, p, result.h_n, c);
-    if (lstm) result.c_n = c.to(x.scalar_type());
-  } else {
-    result.h_n = at::empty({call.D, call.B, call.P}, call.options);
-    p.h_n = result.h_n.mutable_data_ptr();
-    if (lstm) {
-      result.c_n = at::empty({call.D, call.B, call.H}, call.options);
-      p.c_n = result.c_n.mutable_data_ptr();
-    }
-    const Prepared prepared(call, planned);
-    persistent_forward(p, prepared.persistent, call.stream);
+    if (lstm) result.c_n.copy_(c);
   }
   return result;
 }
@@ -428,29 +444,28 @@ BackwardResult layer_backward(CellKind cell, const OptionalTensor& dy, const Opt
     p.dh_rows = dh_rows.mutable_data_ptr();
   }
 
-  const Planned planned = plan(call, Pass::backward, scope.tf32);
-  if (planned.plan.tier == Tier::step) {
+  Tensor dh_ready, dc_ready;
+  if (dh_n) dh_ready = ready(*dh_n);
+  if (dc_n && lstm) dc_ready = ready(*dc_n);
+  p.dh_n = data_or_null(dh_ready);
+  p.dc_n = data_or_null(dc_ready);
+  result.dh0 = at::empty(h_shape, call.options);
+  p.dh0 = result.dh0.mutable_data_ptr();
+  if (lstm) {
+    result.dc0 = at::empty(c_shape, call.options);
+    p.dc0 = result.dc0.mutable_data_ptr();
+  }
+  const auto launch = [&](const Persistent& persistent) {
+    return persistent_backward(p, persistent, call.stream);
+  };
+  if (!launched(call, plan(call, Pass::backward, scope.tf32), launch)) {
     const at::TensorOptions states = call.options.dtype(call.compute);
     const Tensor dh = final_gradient(dh_n, h_shape, states);
     Tensor dc;
     if (lstm) dc = final_gradient(dc_n, c_shape, states);
     backward_steps(call, p, dh, dc);
-    result.dh0 = dh.to(x.scalar_type());
-    if (lstm) result.dc0 = dc.to(x.scalar_type());
-  } else {
-    Tensor dh_ready, dc_ready;
-    if (dh_n) dh_ready = ready(*dh_n);
-    if (dc_n && lstm) dc_ready = ready(*dc_n);
-    p.dh_n = data_or_null(dh_ready);
-    p.dc_n = data_or_null(dc_ready);
-    result.dh0 = at::empty(h_shape, call.options);
-    p.dh0 = result.dh0.mutable_data_ptr();
-    if (lstm) {
-      result.dc0 = at::empty(c_shape, call.options);
-      p.dc0 = result.dc0.mutable_data_ptr();
-    }
-    const Prepared prepared(call, planned);
-    persistent_backward(p, prepared.persistent, call.stream);
+    result.dh0.copy_(dh);
+    if (lstm) result.dc0.copy_(dc);
   }
 
   if (need_dx) {

@@ -3,12 +3,12 @@
 
 namespace seqkern::cuda {
 
-void lstm_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  forward_of<LstmCell>(params, persistent, stream);
+bool lstm_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
+  return forward_of<LstmCell>(params, persistent, stream);
 }
 
-void lstm_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
-  backward_of<LstmCell>(params, persistent, stream);
+bool lstm_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
+  return backward_of<LstmCell>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

@@ -26,6 +26,9 @@ constexpr const char* kNames[] = {"step", "block", "cluster", "grid"};
 
 int element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }
 
+// Is float32 multiplied as three TF32 products?
+bool three(const PlanRequest& r) { return r.dtype == Dtype::f32 && !r.tf32; }
+
 std::string format(const char* text, ...) {
   char buffer[512];
   va_list arguments;
@@ -40,6 +43,7 @@ std::string no_persistent(const PlanRequest& r, const Facts& facts) {
   if (r.dtype == Dtype::f64) return "float64 has no matrix instruction here";
   if (facts.capability < 80)
     return format("sm_%d has no such matrix instructions", facts.capability);
+  if (r.T * r.B > 0x7fffffff) return "its rows are 2^31 or more";
   return "";
 }
 
@@ -52,18 +56,18 @@ std::string no_tier(Tier tier, const Facts& facts) {
 
 double step_us(const PlanRequest& r, const Shape& shape, const Plan& plan) {
   const int columns = plan.batch / kColumn;
-  const double products = r.dtype == Dtype::f32 && !r.tf32 ? 3 : 1;
+  const double products = three(r) ? 3 : 1;
   double cycles = 0;
   for (int i = 0; i < shape.legs; i++) {
     const LegShape& leg = shape.leg[i];
     const int64_t warps = plan.tiles[i] * plan.splits[i];
     const double per_warp = double(divide_up(leg.chunks, plan.splits[i]));
-    const double beyond = std::max(0.0, per_warp - register_chunks(shape.legs, i, leg.m));
+    const double beyond = std::max(0.0, per_warp - leg.register_chunks);
     cycles += kLatencyCycles + kSyncCycles[int(plan.tier)];
     cycles +=
         double(divide_up(warps, 4)) * per_warp * 2 * leg.m * columns * products * kMatrixCycles;
     cycles += double(warps) * beyond * leg.m * 1024 * columns / kSharedBytesPerCycle;
-    cycles += 2 * double(warps) * leg.m * columns * kSumBytes / kSharedBytesPerCycle;
+    cycles += 2 * double(warps) * columns * sum_bytes(leg.m) / kSharedBytesPerCycle;
     const double vector = double(plan.batch) * leg.chunks * kChunkBytes;
     cycles += vector * plan.tiles[i] /
               (plan.tier == Tier::grid ? kL2BytesPerCycle : kSharedBytesPerCycle);
@@ -88,7 +92,8 @@ const char* name_of(Tier tier) { return kNames[int(tier)]; }
 std::vector<Plan> plans(const PlanRequest& r, const Facts& facts) {
   std::vector<Plan> found;
   if (no_persistent(r, facts).empty()) {
-    const Shape shape = shape_of(r.cell, element_bytes(r.dtype), r.pass, r.H, r.P, r.projected);
+    const Shape shape =
+        shape_of(r.cell, element_bytes(r.dtype), r.pass, r.H, r.P, r.projected, three(r));
     // The leg with most tiles is shared out; of the other, blocks may have none.
     const int most_tiles = std::max(shape.leg[0].tiles, shape.leg[1].tiles);
     for (const Tier tier : {Tier::block, Tier::cluster, Tier::grid}) {
@@ -173,13 +178,14 @@ std::string explain(const PlanRequest& r, const Facts& facts) {
 
 MatrixShape matrix_shape(const PlanRequest& r, int leg) {
   const int bytes = element_bytes(r.dtype);
-  const LegShape shape = shape_of(r.cell, bytes, r.pass, r.H, r.P, r.projected).leg[leg];
+  const LegShape shape = shape_of(r.cell, bytes, r.pass, r.H, r.P, r.projected, three(r)).leg[leg];
   return {int64_t(shape.tiles) * kTile, int64_t(shape.chunks) * (kChunkBytes / bytes)};
 }
 
 size_t exchange_bytes(const PlanRequest& r, const Plan& plan) {
   if (plan.tier != Tier::grid) return 0;
-  const Shape shape = shape_of(r.cell, element_bytes(r.dtype), r.pass, r.H, r.P, r.projected);
+  const Shape shape =
+      shape_of(r.cell, element_bytes(r.dtype), r.pass, r.H, r.P, r.projected, three(r));
   const int64_t chunks = shape.leg[0].chunks + shape.leg[1].chunks;
   return size_t(plan.groups * 2 * int64_t(plan.batch) * chunks * kChunkBytes);
 }

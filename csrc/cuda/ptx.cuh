@@ -20,7 +20,8 @@ namespace seqkern::cuda {
 
 // ---- matrix products ----------------------------------------------------------------------------
 //
-// c += a b for a [16, k] and b [k, 8]; the lane's l / 4 is its row r, l % 4 its column q.
+// c += a b for a [16, k] and b [k, 8], if `wanted`, on which the warp agrees (a predicate: around a
+// branch the compiler moves c). The lane's l / 4 is its row r, l % 4 its column q.
 //   c[0..1]  (r, 2q..2q+1)   c[2..3]  (r + 8, 2q..2q+1)
 // 16 bit, k = 16, two values a register, the lower k in the lower half:
 //   a[0]  (r, 2q..)   a[1]  (r + 8, 2q..)   a[2]  (r, 2q+8..)   a[3]  (r + 8, 2q+8..)
@@ -31,11 +32,17 @@ namespace seqkern::cuda {
 
 #define SEQKERN_MMA(name, shape_and_types)                                                   \
   __device__ __forceinline__ void name(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, \
-                                       uint32_t a3, uint32_t b0, uint32_t b1) {              \
-    asm volatile("mma.sync.aligned." shape_and_types                                         \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"          \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                            \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                    \
+                                       uint32_t a3, uint32_t b0, uint32_t b1,                \
+                                       bool wanted = true) {                                 \
+    asm volatile(                                                                            \
+        "{\n"                                                                                \
+        ".reg .pred p;\n"                                                                    \
+        "setp.ne.s32 p, %10, 0;\n"                                                           \
+        "@p mma.sync.aligned." shape_and_types                                               \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"                 \
+        "}"                                                                                  \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                     \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(int(wanted)));           \
   }
 SEQKERN_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 SEQKERN_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
@@ -51,11 +58,12 @@ __device__ __forceinline__ float to_tf32(float x) {
 
 // ---- numbers ------------------------------------------------------------------------------------
 
-// Rounded to the nearest, ties to even.
+// Rounded to the nearest, ties to even. The instruction that packs two: the one for a single number
+// is the special function unit's.
 __device__ __forceinline__ uint16_t f16_bits(float x) {
-  uint16_t bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(x), "f"(0.0f));
+  return uint16_t(bits);
 }
 __device__ __forceinline__ float from_f16_bits(uint16_t bits) {
   float x;
@@ -63,17 +71,28 @@ __device__ __forceinline__ float from_f16_bits(uint16_t bits) {
   return x;
 }
 __device__ __forceinline__ uint16_t bf16_bits(float x) {
-  uint16_t bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(x), "f"(0.0f));
+  return uint16_t(bits);
 }
 __device__ __forceinline__ float from_bf16_bits(uint16_t bits) {
   return __uint_as_float(uint32_t(bits) << 16);
 }
 
-// e^x and x / y to a few ulp, by the special function unit.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
-__device__ __forceinline__ float fast_divide(float x, float y) { return __fdividef(x, y); }
+// e^x and x / y to a few ulp, by the special function unit. Subnormal numbers count as 0.
+__device__ __forceinline__ float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+__device__ __forceinline__ float fast_divide(float x, float y) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(y));
+  return x * reciprocal;
+}
+
+// x, which is the same in all lanes of the warp, in a way that the compiler knows it.
+__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // ---- between blocks, through global memory ------------------------------------------------------
 

@@ -18,8 +18,8 @@
 //   warp    of a matrix: one tile and one part ("split") of the sum over k, in registers as A
 //           operands of mma.m16n8, the chunks that registers cannot hold in shared memory in the
 //           same layout
-//   lane    of the gates: kItems (row, unit) pairs, their c, h or dh, dc in registers over all
-//   steps.
+//   lane    of the gates: up to kItems (row, unit) pairs, their c, h or dh, dc in registers over
+//   all steps.
 //           The pairs of a warp are *granules*: one tile's 16 units (lane % 16) for 2 rows.
 //
 // The order of k within a chunk is free, as long as matrix and vector agree: lane q of four takes
@@ -45,7 +45,7 @@
 namespace seqkern::cuda {
 
 // How numbers stored as S are multiplied. 3 x TF32 (Ootomo & Yokota 2022: high and low parts,
-// without low * low) is as good as float32.
+// without low * low, summed outside of the tensor core) is as good as float32.
 enum class Product { f16, bf16, tf32, tf32_3 };
 
 // What a kernel is handed of a leg beside its params.
@@ -70,14 +70,16 @@ struct Cut {
 
 template <Product kProduct>
 __device__ __forceinline__ void multiply_add(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+                                             uint32_t a3, uint32_t b0, uint32_t b1, bool wanted) {
   if constexpr (kProduct == Product::f16) {
-    mma_f16(acc, a0, a1, a2, a3, b0, b1);
+    mma_f16(acc, a0, a1, a2, a3, b0, b1, wanted);
   } else if constexpr (kProduct == Product::bf16) {
-    mma_bf16(acc, a0, a1, a2, a3, b0, b1);
+    mma_bf16(acc, a0, a1, a2, a3, b0, b1, wanted);
   } else if constexpr (kProduct == Product::tf32) {
-    mma_tf32(acc, a0, a1, a2, a3, b0, b1);
+    mma_tf32(acc, a0, a1, a2, a3, b0, b1, wanted);
   } else {
+    // The tensor core truncates what it adds to c, always towards zero; so c is added outside of
+    // it.
     const uint32_t whole[6] = {a0, a1, a2, a3, b0, b1};
     uint32_t high[6], low[6];
 #pragma unroll
@@ -86,9 +88,13 @@ __device__ __forceinline__ void multiply_add(float (&acc)[4], uint32_t a0, uint3
       high[i] = __float_as_uint(upper);
       low[i] = __float_as_uint(to_tf32(x - upper));
     }
-    mma_tf32(acc, low[0], low[1], low[2], low[3], high[4], high[5]);
-    mma_tf32(acc, high[0], high[1], high[2], high[3], low[4], low[5]);
-    mma_tf32(acc, high[0], high[1], high[2], high[3], high[4], high[5]);
+    float main[4] = {}, rest[4] = {};
+    mma_tf32(rest, low[0], low[1], low[2], low[3], high[4], high[5], wanted);
+    mma_tf32(rest, high[0], high[1], high[2], high[3], low[4], low[5], wanted);
+    mma_tf32(main, high[0], high[1], high[2], high[3], high[4], high[5], wanted);
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // of an infinite number there is no lower part
+      acc[i] += fabsf(main[i]) <= 3.402823466e38f ? main[i] + rest[i] : main[i];
   }
 }
 
@@ -97,7 +103,7 @@ struct Place {
   int warp, lane, group, member;  // member: of the group's blocks
 
   __device__ explicit Place(const Cut& cut)
-      : warp(int(threadIdx.x) / 32),
+      : warp(warp_uniform(int(threadIdx.x) / 32)),
         lane(int(threadIdx.x) % 32),
         group(int(blockIdx.x) / cut.blocks),
         member(int(blockIdx.x) % cut.blocks) {}
@@ -114,23 +120,30 @@ struct Vector {
   const Cut& cut;
   const LegCut& leg;
   const Place& place;
+  const int buffer_bytes;
   uint32_t epoch;  // of the last exchange
   unsigned char *buffers, *stage;
   uint64_t* barriers;
+  uint32_t* my_flag;
+  const uint32_t* watched_flags = nullptr;  // of the blocks that this warp waits for
+  int watched = 0;
 
   __device__ Vector(const Cut& cut, int i, const Place& place, unsigned char* shared,
                     const SharedLayout& at)
       : cut(cut),
         leg(cut.leg[i]),
         place(place),
+        buffer_bytes(cut.batch * leg.chunks * kChunkBytes),
         epoch(0),
-        buffers(kGrid ? leg.exchange + place.group * 2 * buffer_bytes() : shared + at.exchange[i]),
+        buffers(kGrid ? leg.exchange + int64_t(place.group) * 2 * buffer_bytes
+                      : shared + at.exchange[i]),
         stage(shared + at.stage + place.warp * at.stage_bytes),
-        barriers(reinterpret_cast<uint64_t*>(shared + at.barriers) + 2 * i) {
+        barriers(reinterpret_cast<uint64_t*>(shared + at.barriers) + 2 * i),
+        my_flag(kGrid ? leg.flags + place.group * cut.blocks + place.member : nullptr) {
     if constexpr (!kGrid) {
       // What no unit writes must be zero: the last chunk may reach beyond the last tile.
       uint4* const pieces = reinterpret_cast<uint4*>(buffers);
-      for (int64_t i = threadIdx.x; i < 2 * buffer_bytes() / 16; i += kThreads)
+      for (int64_t i = threadIdx.x; i < 2 * buffer_bytes / 16; i += kThreads)
         pieces[i] = uint4{0, 0, 0, 0};
       if (cut.blocks > 1) {
         if (threadIdx.x == 0) {
@@ -138,44 +151,73 @@ struct Vector {
           mbarrier_init(&barriers[1], 1);
           mbarrier_init_done();
         }
+        __syncwarp();
         cluster_sync();
       }
     }
     __syncthreads();
   }
 
-  __device__ int64_t buffer_bytes() const { return int64_t(cut.batch) * leg.chunks * kChunkBytes; }
-  // Of the epoch last exchanged, from a column and a chunk on.
-  __device__ const unsigned char* at(int column, int chunk) const {
-    return buffers + (epoch - 1) % 2 * buffer_bytes() +
-           (int64_t(column) * leg.chunks + chunk) * (kColumn * kChunkBytes);
+  // These chunks are the warp's.
+  __device__ void watch(int chunk0, int chunks) {
+    if (!kGrid || chunks == 0) return;
+    const int first = chunk0 * kChunkBytes / kTileBytes;
+    int last = ((chunk0 + chunks) * kChunkBytes - 1) / kTileBytes;
+    if (last >= leg.all_vector_tiles) last = leg.all_vector_tiles - 1;
+    watched_flags = leg.flags + place.group * cut.blocks + first / leg.vector_tiles;
+    watched = last / leg.vector_tiles - first / leg.vector_tiles + 1;
   }
 
-  // Sends one granule for the next epoch, rows n and its neighbour of tile t: each lane gives its
-  // unit's numbers. The whole warp.
-  __device__ void send(int t, int n, const float (&value)[kNumbers]) const {
-    S* const mine = reinterpret_cast<S*>(stage + place.lane / kTile * kTileBytes);
+  // Of the epoch last exchanged, column 0, from a chunk on.
+  __device__ const unsigned char* at(int chunk) const {
+    return buffers + ((epoch - 1) % 2 * buffer_bytes + chunk * (kColumn * kChunkBytes));
+  }
+
+  // In an epoch's buffer: byte k of row n's part of tile t.
+  __device__ int offset(int t, int n, int k) const {
+    const int byte = t * kTileBytes + k;
+    const int line = (n / kColumn * leg.chunks + byte / kChunkBytes) * kColumn + n % kColumn;
+    return line * kChunkBytes + byte % kChunkBytes;
+  }
+
+  static constexpr int kPieces = 2 * kTileBytes / 16;  // of a granule
+  static constexpr int kSpan = kPieces <= 4 ? 4 : kPieces <= 8 ? 8 : kPieces <= 16 ? 16 : 32;
+  static_assert(kPieces <= 32);
+
+  // Where in a buffer a granule, rows n and its neighbour of tile t, goes, as far as this lane
+  // writes it; the same in all epochs.
+  __device__ int route(int t, int n) const {
+    if (kGrid || cut.blocks == 1) return offset(t, n, place.lane % kTile * int(sizeof(S)));
+    const int piece = place.lane % kSpan, row0 = n - place.lane / kTile;
+    return offset(t, row0 + piece / (kPieces / 2), piece % (kPieces / 2) * 16);
+  }
+
+  // Sends one granule for the next epoch: each lane gives its unit's numbers. The whole warp.
+  __device__ void send(int route, int t, const float (&value)[kNumbers]) const {
+    unsigned char* const to = buffers + (epoch % 2 * buffer_bytes + route);
+    S number[kNumbers];
 #pragma unroll
     for (int g = 0; g < kNumbers; g++)
-      mine[g * kTile + place.lane % kTile] =
-          narrow<S>(kProduct == Product::tf32 ? to_tf32(value[g]) : value[g]);
+      number[g] = narrow<S>(kProduct == Product::tf32 ? to_tf32(value[g]) : value[g]);
+    if (kGrid || cut.blocks == 1) {  // 16 lanes' numbers are whole sectors of L2
+      const int first = t * kTileBytes % kChunkBytes;
+#pragma unroll
+      for (int g = 0; g < kNumbers; g++) {
+        const int byte = first + g * kTile * int(sizeof(S));
+        const int beyond = byte / kChunkBytes * (kColumn * kChunkBytes) + byte % kChunkBytes;
+        *reinterpret_cast<S*>(to + (kNumbers == 1 ? 0 : beyond - first)) = number[g];
+      }
+      return;
+    }
+    S* const mine = reinterpret_cast<S*>(stage + place.lane / kTile * kTileBytes);
+#pragma unroll
+    for (int g = 0; g < kNumbers; g++) mine[g * kTile + place.lane % kTile] = number[g];
     __syncwarp();
-    constexpr int kPieces = 2 * kTileBytes / 16;
-    const int copies = kGrid ? 1 : cut.blocks;
-    const int row0 = n - place.lane / kTile;  // the granule's first row
-    unsigned char* const to = buffers + epoch % 2 * buffer_bytes();
-    for (int i = place.lane; i < kPieces * copies; i += 32) {
-      const int piece = i % kPieces;
-      const int row = row0 + piece / (kPieces / 2);
-      const int k = t * kTileBytes + piece % (kPieces / 2) * 16;  // bytes
-      const int64_t line =
-          (int64_t(row / kColumn) * leg.chunks + k / kChunkBytes) * kColumn + row % kColumn;
-      unsigned char* const target = to + line * kChunkBytes + k % kChunkBytes;
+    const int piece = place.lane % kSpan;  // a lane's is the same for every block
+    if (piece < kPieces) {
       const uint4 v = reinterpret_cast<const uint4*>(stage)[piece];
-      if (kGrid || cut.blocks == 1)
-        *reinterpret_cast<uint4*>(target) = v;
-      else
-        push(target, &barriers[epoch % 2], i / kPieces, v);
+      for (int rank = place.lane / kSpan; rank < cut.blocks; rank += 32 / kSpan)
+        push(to, &barriers[epoch % 2], rank, v);
     }
     __syncwarp();
   }
@@ -183,29 +225,28 @@ struct Vector {
   // After every granule has been sent.
   __device__ void publish() {
     epoch++;
-    if (!kGrid && cut.blocks > 1) return;
+    if (!kGrid && cut.blocks > 1) {
+      if (threadIdx.x == 0)
+        mbarrier_expect(&barriers[(epoch - 1) % 2],
+                        uint32_t(cut.batch * leg.all_vector_tiles * kTileBytes));
+      return;
+    }
     __syncthreads();
-    if (kGrid && threadIdx.x == 0)
-      release(&leg.flags[place.group * cut.blocks + place.member], epoch);
+    // Not the first warp: it has most to do.
+    if (kGrid && threadIdx.x == kThreads - 32) release(my_flag, epoch);
   }
 
-  // Until these chunks are there; to be called by the whole block, which together waits for all.
-  __device__ void wait(int chunk0, int chunks) const {
+  // Until the warp's chunks are there; to be called by the whole block, which together waits for
+  // all.
+  __device__ void wait() const {
     if constexpr (kGrid) {
-      if (chunks == 0) return;
-      const int first = chunk0 * kChunkBytes / kTileBytes;
-      int last = ((chunk0 + chunks) * kChunkBytes - 1) / kTileBytes;
-      if (last >= leg.all_vector_tiles) last = leg.all_vector_tiles - 1;
-      const uint32_t* const flags = leg.flags + place.group * cut.blocks;
-      for (int i = first / leg.vector_tiles + place.lane; i <= last / leg.vector_tiles; i += 32)
-        while (int32_t(acquire(&flags[i]) - epoch) < 0) {
+      for (int i = place.lane; i < watched; i += 32)
+        while (int32_t(acquire(&watched_flags[i]) - epoch) < 0) {
         }
       __syncwarp();
     } else if (cut.blocks > 1) {
-      uint64_t* const barrier = &barriers[(epoch - 1) % 2];
-      if (threadIdx.x == 0)
-        mbarrier_expect(barrier, uint32_t(cut.batch * leg.all_vector_tiles * kTileBytes));
-      mbarrier_wait(barrier, (epoch - 1) / 2 % 2);
+      mbarrier_wait(&barriers[(epoch - 1) % 2], (epoch - 1) / 2 % 2);
+      __syncwarp();
     }
   }
 };
@@ -215,9 +256,9 @@ struct Vector {
 //   kM       rows of tiles of the matrix per tile of units
 template <class S, Product kProduct, int kLegs, int kLeg, int kM>
 struct Matrix {
-  static constexpr int kRegisterChunks = register_chunks(kLegs, kLeg, kM);
-  static constexpr int kLoads = kRegisterChunks < 6 ? kRegisterChunks : 4;  // at a time
-  static_assert(kLoads == 0 || kRegisterChunks % kLoads == 0);
+  static constexpr int kRegisterChunks =
+      register_chunks(kLegs, kLeg, kM, kProduct == Product::tf32_3);
+  static constexpr int kLoads = kRegisterChunks;
   static constexpr int kAccumulators = kM == 1 ? 2 : 1;  // enough independent products in flight
 
   const Cut& cut;
@@ -227,6 +268,9 @@ struct Matrix {
   const int chunk0, chunks;  // this warp's
   unsigned char* in_shared;
   float* sums;
+  float* my_sums;  // where the lane leaves its part, of column 0
+  // [j]: the operand of the j-th matrix instruction of a chunk, in the order of its four registers,
+  // or the compiler moves each of them before every use.
   uint4 w[kRegisterChunks == 0 ? 1 : kRegisterChunks][kM][2];
 
   __device__ Matrix(const Cut& cut, const Place& place, unsigned char* shared,
@@ -242,6 +286,8 @@ struct Matrix {
         sums(reinterpret_cast<float*>(shared + at.sums)) {
     const int64_t beyond = divide_up(leg.chunks, leg.splits) - kRegisterChunks;
     in_shared = shared + at.weights[kLeg] + (beyond > 0 ? place.warp * beyond * kM * 1024 : 0);
+    my_sums = sum_at(place.warp % leg.splits, place.warp / leg.splits, 0) +
+              place.lane % 4 * 2 * kRowFloats + place.lane / 4 * kUnitFloats;
   }
 
   // The tile that is this block's i-th, or -1.
@@ -252,10 +298,14 @@ struct Matrix {
 
   __device__ int columns() const { return cut.batch / kColumn; }
 
-  __device__ uint4 fragment(int64_t d, int chunk, int m, int half) const {
-    const int64_t row = m * leg.Hp + tile * kTile + half * 8 + place.lane / 4;
+  __device__ uint4 fragment(int64_t d, int chunk, int m, int j) const {
+    const int64_t row = m * leg.Hp + tile * kTile + place.lane / 4;
     const S* const at = static_cast<const S*>(leg.matrix[d]) + row * leg.Kp;
-    uint4 v = reinterpret_cast<const uint4*>(at)[(chunk0 + chunk) * 4 + place.lane % 4];
+    const S* const at8 = at + 8 * leg.Kp;
+    const int first = ((chunk0 + chunk) * 4 + place.lane % 4) * 4 + 2 * j;
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(at) + first;
+    const uint32_t* const words8 = reinterpret_cast<const uint32_t*>(at8) + first;
+    uint4 v{words[0], words8[0], words[1], words8[1]};
     if constexpr (kProduct == Product::tf32)
       v = uint4{rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w)};
     return v;
@@ -264,8 +314,8 @@ struct Matrix {
     return __float_as_uint(to_tf32(__uint_as_float(bits)));
   }
 
-  __device__ uint4* shared_fragment(int chunk, int m, int half) const {
-    const int at = ((chunk - kRegisterChunks) * kM + m) * 2 + half;
+  __device__ uint4* shared_fragment(int chunk, int m, int j) const {
+    const int at = ((chunk - kRegisterChunks) * kM + m) * 2 + j;
     return reinterpret_cast<uint4*>(in_shared) + at * 32 + place.lane;
   }
 
@@ -277,13 +327,13 @@ struct Matrix {
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-          w[c][m][half] = c < chunks ? fragment(d, c, m, half) : uint4{0, 0, 0, 0};
+        for (int j = 0; j < 2; j++)
+          w[c][m][j] = c < chunks ? fragment(d, c, m, j) : uint4{0, 0, 0, 0};
     for (int c = kRegisterChunks; c < chunks; c++)
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) *shared_fragment(c, m, half) = fragment(d, c, m, half);
+        for (int j = 0; j < 2; j++) *shared_fragment(c, m, j) = fragment(d, c, m, j);
   }
 
   template <bool kGrid>
@@ -294,63 +344,123 @@ struct Matrix {
       return *reinterpret_cast<const uint4*>(at);
   }
 
-  __device__ static void product(float (&acc)[kAccumulators][4], uint4 a, uint4 a8, uint4 b) {
-    multiply_add<kProduct>(acc[0], a.x, a8.x, a.y, a8.y, b.x, b.y);
-    multiply_add<kProduct>(acc[kAccumulators - 1], a.z, a8.z, a.w, a8.w, b.z, b.w);
+  // One chunk's, all rows of tiles. Neighbours are of different sums.
+  __device__ static void products(float (&acc)[kM][kAccumulators][4], const uint4 (&a)[kM][2],
+                                  uint4 b, bool wanted) {
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+      multiply_add<kProduct>(acc[m][0], a[m][0].x, a[m][0].y, a[m][0].z, a[m][0].w, b.x, b.y,
+                             wanted);
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+      multiply_add<kProduct>(acc[m][kAccumulators - 1], a[m][1].x, a[m][1].y, a[m][1].z, a[m][1].w,
+                             b.z, b.w, wanted);
   }
 
   // sums = this matrix times the vector, when it is there. The whole block, which afterwards sees
   // all sums.
   template <int kNumbers, bool kGrid>
   __device__ void multiply(const Vector<S, kProduct, kNumbers, kGrid>& vector) const {
-    vector.wait(chunk0, chunks);
-    if (tile >= 0)
-      for (int column = 0; column < columns(); column++)
-        multiply_column<kGrid>(vector.at(column, chunk0) + place.lane * 16, column);
+    const unsigned char* b = vector.at(chunk0) + place.lane * 16;
+    uint4 v[kLoads == 0 ? 1 : kLoads] = {};
+    vector.wait();
+    if (tile >= 0) {
+      const int column_bytes = leg.chunks * (kColumn * kChunkBytes);
+      read_column<kGrid>(v, b);
+      for (int column = 0;; column++) {
+        float acc[kM][kAccumulators][4] = {};
+#pragma unroll
+        for (int c = 0; c < kRegisterChunks; c++) products(acc, w[c], v[c], c < chunks);
+#pragma unroll 2
+        for (int c = kRegisterChunks; c < chunks; c++) {
+          const uint4 one = read<kGrid>(b + c * (kColumn * kChunkBytes));
+          uint4 a[kM][2];
+#pragma unroll
+          for (int m = 0; m < kM; m++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) a[m][j] = *shared_fragment(c, m, j);
+          products(acc, a, one, true);
+        }
+        const bool more = column + 1 < columns();
+        b += column_bytes;
+        if (more) read_column<kGrid>(v, b);
+        leave(acc, column);
+        if (!more) break;
+      }
+    }
     __syncthreads();
   }
 
+  // A column's chunks, of those whose matrix is in registers.
   template <bool kGrid>
-  __device__ void multiply_column(const unsigned char* b, int column) const {
-    const int last = chunks - 1;
-    float acc[kM][kAccumulators][4] = {};
+  __device__ void read_column(uint4 (&v)[kLoads == 0 ? 1 : kLoads], const unsigned char* b) const {
 #pragma unroll
-    for (int c0 = 0; c0 < kRegisterChunks; c0 += kLoads) {
-      if (c0 > last) break;
-      uint4 v[kLoads == 0 ? 1 : kLoads];
+    for (int c = 0; c < kLoads; c++)
+      if (c < chunks) v[c] = read<kGrid>(b + c * (kColumn * kChunkBytes));
+  }
+
+  __device__ void leave(const float (&acc)[kM][kAccumulators][4], int column) const {
+    float* const at = my_sums + column * leg.splits * (kColumn * kRowFloats);
 #pragma unroll
-      for (int i = 0; i < kLoads; i++)
-        v[i] = read<kGrid>(b + (c0 + i < last ? c0 + i : last) * (kColumn * kChunkBytes));
+    for (int i = 0; i < 4; i++) {
+      float sum[4] = {};
 #pragma unroll
-      for (int i = 0; i < kLoads; i++) {
-        if (c0 + i > last) break;
-#pragma unroll
-        for (int m = 0; m < kM; m++) product(acc[m], w[c0 + i][m][0], w[c0 + i][m][1], v[i]);
+      for (int m = 0; m < kM; m++) {
+        sum[m] = acc[m][0][i];
+        if constexpr (kAccumulators == 2) sum[m] += acc[m][1][i];
       }
-    }
-#pragma unroll 2
-    for (int c = kRegisterChunks; c < chunks; c++) {
-      const uint4 v = read<kGrid>(b + c * (kColumn * kChunkBytes));
-#pragma unroll
-      for (int m = 0; m < kM; m++)
-        product(acc[m], *shared_fragment(c, m, 0), *shared_fragment(c, m, 1), v);
-    }
-#pragma unroll
-    for (int m = 0; m < kM; m++) {
-      float* const at = sum_at(place.warp % leg.splits, place.warp / leg.splits, m, column);
-      const int r = place.lane / 4, q = place.lane % 4;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float sum = acc[m][0][i];
-        if constexpr (kAccumulators == 2) sum += acc[m][1][i];
-        at[(2 * q + i % 2) * kSumStride + r + i / 2 * 8] = sum;
-      }
+      float* const to = at + i % 2 * kRowFloats + i / 2 * 8 * kUnitFloats;
+      if constexpr (kM == 1)
+        *to = sum[0];
+      else
+        *reinterpret_cast<float4*>(to) = float4{sum[0], sum[1], sum[2], sum[3]};
     }
   }
 
-  __device__ float* sum_at(int split, int i, int m, int column) const {
-    return sums +
-           (((split * leg.tiles + i) * kM + m) * columns() + column) * (kColumn * kSumStride);
+  static constexpr int kUnitFloats = kM == 1 ? 1 : 4;  // from one unit's sums to the next
+  static constexpr int kRowFloats = kM == 1 ? kSumStride : 4 * kSumStride4;
+  static_assert(kM <= 4 && sum_bytes(kM) == kColumn * kRowFloats * 4);
+
+  __device__ float* sum_at(int split, int i, int column) const {
+    return sums + ((i * columns() + column) * leg.splits + split) * (kColumn * kRowFloats);
+  }
+
+  // Of row n of the slice and a unit of the block's i-th tile: the splits' sums, added up.
+  __device__ void sums_of(float (&total)[kM], int i, int n, int unit) const {
+    const float* const at =
+        sum_at(0, i, n / kColumn) + n % kColumn * kRowFloats + unit * kUnitFloats;
+#pragma unroll
+    for (int m = 0; m < kM; m++) total[m] = 0;
+    // The usual numbers of splits are unrolled, without predicates: what a predicated load may
+    // leave as it was takes up a register all through the step.
+    if (leg.splits == 8) {
+      add_splits<8>(total, at);
+    } else if (leg.splits == 4) {
+      add_splits<4>(total, at);
+    } else {
+#pragma unroll 1
+      for (int split = 0; split < leg.splits; split++)
+        add_splits<1>(total, at + split * (kColumn * kRowFloats));
+    }
+  }
+
+  template <int kSplits>
+  __device__ static void add_splits(float (&total)[kM], const float* at) {
+    float part[kSplits][4];
+#pragma unroll
+    for (int split = 0; split < kSplits; split++, at += kColumn * kRowFloats) {
+      if constexpr (kM == 1) {
+        part[split][0] = *at;
+      } else {
+        const float4 four = *reinterpret_cast<const float4*>(at);
+        part[split][0] = four.x, part[split][1] = four.y;
+        part[split][2] = four.z, part[split][3] = four.w;
+      }
+    }
+#pragma unroll
+    for (int split = 0; split < kSplits; split++)
+#pragma unroll
+      for (int m = 0; m < kM; m++) total[m] += part[split][m];
   }
 };
 
@@ -359,7 +469,7 @@ struct Matrix {
 // One of them, of the units that a leg's matrix gives.
 struct Item {
   int which, tile, n;  // tile: which-th of the block; n: row of the slice
-  int64_t b, u;        // batch row, unit
+  int b, u;            // batch row, unit
   bool there;          // are there such a row and such a unit?
 };
 
@@ -372,21 +482,23 @@ __device__ __forceinline__ bool item_of(const AnyMatrix& matrix, int64_t first_r
   item.which = granule >> matrix.cut.log2_pairs;
   item.tile = matrix.tile_of(item.which);
   item.n = (granule - (item.which << matrix.cut.log2_pairs)) * 2 + place.lane / kTile;
-  item.b = first_row + item.n;
-  item.u = int64_t(item.tile) * kTile + place.lane % kTile;
+  item.b = int(first_row) + item.n;
+  item.u = item.tile * kTile + place.lane % kTile;
   item.there = item.b < B && item.u < units;
   return item.tile >= 0;
 }
 
-// Row m of the item's sums, added up.
+// The item's sums, added up.
+template <int kM, class AnyMatrix>
+__device__ __forceinline__ void sums_of(const AnyMatrix& matrix, const Item& item,
+                                        float (&total)[kM]) {
+  matrix.sums_of(total, item.which, item.n, matrix.place.lane % kTile);
+}
 template <class AnyMatrix>
-__device__ __forceinline__ float sum_of(const AnyMatrix& matrix, const Item& item, int m) {
-  float total = 0;
-  for (int split = 0; split < matrix.leg.splits; split++)
-    total +=
-        matrix.sum_at(split, item.which, m,
-                      item.n / kColumn)[item.n % kColumn * kSumStride + matrix.place.lane % kTile];
-  return total;
+__device__ __forceinline__ float sum_of(const AnyMatrix& matrix, const Item& item) {
+  float total[1];
+  sums_of(matrix, item, total);
+  return total[0];
 }
 
 // ---- jobs ---------------------------------------------------------------------------------------
@@ -406,8 +518,13 @@ __device__ __forceinline__ Job job_of(const Cut& cut, const Rows& rows, int inde
 }
 
 // Step s of a row of `length` steps is at this time.
-__device__ __forceinline__ int64_t time_of(int64_t d, int64_t s, int64_t length) {
+__device__ __forceinline__ int time_of(int64_t d, int s, int length) {
   return d == 0 ? s : length - 1 - s;
+}
+
+// The row of (t, b); plan.cpp sees to it that there are less than 2^31.
+__device__ __forceinline__ int row_at(const Rows& rows, int t, int b) {
+  return (rows.first != nullptr ? int(rows.first[t]) : t * int(rows.B)) + b;
 }
 
 // ---- gates --------------------------------------------------------------------------------------
@@ -446,7 +563,7 @@ using IfProjected = std::conditional_t<kProjected, T, Nothing>;
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <class Cell, class S, Product kProduct, bool kGrid, bool kProjected>
+template <class Cell, class S, Product kProduct, bool kGrid, bool kProjected, int kItems>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Cut cut,
                    const __grid_constant__ SharedLayout at) {
@@ -458,9 +575,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   Matrix<S, kProduct, kLegs, 0, G> w_hh(cut, place, shared, at);
   IfProjected<kProjected, Vector<S, kProduct, 1, kGrid>> unprojected(cut, 1, place, shared, at);
   IfProjected<kProjected, Matrix<S, kProduct, kLegs, 1, 1>> w_hr(cut, place, shared, at);
-  float* const bias = reinterpret_cast<float*>(shared + at.bias);  // [kSlots][units]
+  hidden.watch(w_hh.chunk0, w_hh.chunks);
+  if constexpr (kProjected) unprojected.watch(w_hr.chunk0, w_hr.chunks);
+  float* const bias = reinterpret_cast<float*>(shared + at.bias);  // [units][kSlots]
   const int units = cut.leg[0].tiles * kTile;
-  const int64_t H = p.H, P = p.P, D = p.D, B = p.rows.B, N = p.rows.N;
+  const int64_t B = p.rows.B, N = p.rows.N;
+  const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
 
   int64_t loaded = -1;
   for (int index = place.group; index < int(D) * cut.slices; index += cut.groups) {
@@ -474,8 +594,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const S* const b_hh = static_cast<const S*>(p.b_hh[d]);
       __syncthreads();
       for (int i = threadIdx.x; i < kSlots * units; i += kThreads) {
-        const int slot = i / units;
-        const int64_t u = place.member * units + i % units;
+        const int slot = i % kSlots;
+        const int64_t u = place.member * units + i / kSlots;
         float sum = 0;
         if (u < H && b_ih != nullptr && slot < G)
           sum += widen(b_ih[stored_slot<Cell>(slot) * H + u]);
@@ -500,11 +620,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     float h[kItems] = {}, c[kItems] = {};
     int length[kItems] = {},
         h_length_[kProjected ? kItems : 1] = {};  // 0 also where nothing is there
+    int h_route[kItems] = {}, m_route[kProjected ? kItems : 1] = {};
     const auto h_length = [&](int i) { return kProjected ? h_length_[i] : length[i]; };
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       Item item;
-      if (gate_item(i, item) && item.there) {
+      const bool gated = gate_item(i, item);
+      if constexpr (kProjected)
+        if (gated) m_route[i] = unprojected.route(item.tile, item.n);
+      if (gated && item.there) {
         length[i] = int(length_of(p.rows, item.b));
         if constexpr (Cell::kHasC)
           c[i] = widen(static_cast<const S*>(p.c0)[(d * B + item.b) * H + item.u]);
@@ -514,22 +638,57 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kProjected) h_length_[i] = int(length_of(p.rows, item.b));
         h[i] = widen(static_cast<const S*>(p.h0)[(d * B + item.b) * P + item.u]);
       }
-      if (job.steps > 0) hidden.send(item.tile, item.n, {h[i]});
+      h_route[i] = hidden.route(item.tile, item.n);
+      if (job.steps > 0) hidden.send(h_route[i], item.tile, {h[i]});
     }
     if (job.steps > 0) hidden.publish();
 
-    for (int s = 0; s < job.steps; s++) {
-      S x[kItems][G];
+    S x[kItems][G], given[kItems] = {}, saved_[kItems][kSaved + 1];
+    int row[kItems] = {};  // of the step before
+    const S* const gx = static_cast<const S*>(p.gx) + d * N * G * H;
+    S* const y = static_cast<S*>(p.y) + d * P;
+    S* const reserve =
+        p.reserve == nullptr ? nullptr : static_cast<S*>(p.reserve) + d * kSaved * Hp;
+    const auto load = [&](int s, int i) {
+      Item item;
+      gate_item(i, item);
+      row[i] = row_at(p.rows, time_of(d, s, length[i]), item.b);
+      const S* const from = gx + int64_t(row[i]) * (G * H) + item.u;
+#pragma unroll
+      for (int g = 0; g < G; g++) x[i][g] = from[g * H];
+    };
+    const auto store = [&](int s, int i, int at) {
+      Item item;
+      if constexpr (kProjected) {
+        if (s < h_length(i)) {
+          h_item(i, item);
+          const int h_at = row_at(p.rows, time_of(d, s, h_length(i)), item.b);
+          y[int64_t(h_at) * (D * P) + item.u] = narrow<S>(h[i]);
+        }
+      }
+      if (s >= length[i]) return;
+      gate_item(i, item);
+      if constexpr (!kProjected) y[int64_t(at) * (D * H) + item.u] = given[i];
+      if (reserve != nullptr) {
+        S* const to = reserve + int64_t(at) * (D * kSaved * Hp) + item.u;
+#pragma unroll
+        for (int k = 0; k < kSaved; k++) to[k * Hp] = saved_[i][k];
+      }
+    };
+
+    for (int s = 0;; s++) {
+      // While the others' part of the vector is on its way: a step's numbers from memory are asked
+      // for, those of the step before are written to it.
+      int last_row[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; i++) {
-        if (s >= length[i]) continue;
-        Item item;
-        gate_item(i, item);
-        const int64_t row = row_of(p.rows, time_of(d, s, length[i]), item.b);
-        const S* const from = static_cast<const S*>(p.gx) + (d * N + row) * G * H + item.u;
-#pragma unroll
-        for (int g = 0; g < G; g++) x[i][g] = from[g * H];
+        last_row[i] = row[i];
+        if (s < length[i]) load(s, i);
       }
+      if (s > 0)
+#pragma unroll
+        for (int i = 0; i < kItems; i++) store(s - 1, i, last_row[i]);
+      if (s >= job.steps) break;
       w_hh.multiply(hidden);
       // The last step's h goes nowhere: no block may be written to when it has gone.
       const bool goes_on = s + 1 < job.steps;
@@ -540,29 +699,30 @@ __global__ void __launch_bounds__(kThreads, 1)
         float value = h[i];
         if (s < length[i]) {
           const int unit = item.which * kTile + place.lane % kTile;
-          float pre[kSlots], saved[kSaved + 1];
+          float pre[kSlots], saved[kSaved + 1], w_hh_h[G];
+          if constexpr (kSlots == 4) {
+            const float4 four = reinterpret_cast<const float4*>(bias)[unit];
+            pre[0] = four.x, pre[1] = four.y, pre[2] = four.z, pre[3] = four.w;
+          } else {
+#pragma unroll
+            for (int slot = 0; slot < kSlots; slot++) pre[slot] = bias[unit * kSlots + slot];
+          }
+          sums_of(w_hh, item, w_hh_h);
 #pragma unroll
           for (int slot = 0; slot < kSlots; slot++) {
-            pre[slot] = bias[slot * units + unit];
             if (slot < G) pre[slot] += widen(x[i][stored_slot<Cell>(slot)]);
-            if (slot >= kSlots - G) pre[slot] += sum_of(w_hh, item, slot - (kSlots - G));
+            if (slot >= kSlots - G) pre[slot] += w_hh_h[slot - (kSlots - G)];
           }
           value = gates<Cell>(p.cell, pre, h[i], c[i], saved);
-          const int64_t row = row_of(p.rows, time_of(d, s, length[i]), item.b);
-          if constexpr (!kProjected) {
-            h[i] = value;
-            static_cast<S*>(p.y)[(row * D + d) * H + item.u] = narrow<S>(value);
-          }
-          if (p.reserve != nullptr) {
-            S* const to = static_cast<S*>(p.reserve) + (row * D + d) * kSaved * cut.Hp + item.u;
+          if constexpr (!kProjected) h[i] = value;
 #pragma unroll
-            for (int k = 0; k < kSaved; k++) to[k * cut.Hp] = narrow<S>(saved[k]);
-          }
+          for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
+          given[i] = narrow<S>(value);
         }
         if constexpr (kProjected)
-          unprojected.send(item.tile, item.n, {s < length[i] ? value : 0.0f});
+          unprojected.send(m_route[i], item.tile, {s < length[i] ? value : 0.0f});
         else if (goes_on)
-          hidden.send(item.tile, item.n, {value});
+          hidden.send(h_route[i], item.tile, {value});
       }
       if constexpr (kProjected) {
         unprojected.publish();
@@ -571,12 +731,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kItems; i++) {
           Item item;
           if (!h_item(i, item)) continue;
-          if (s < h_length(i)) {
-            h[i] = sum_of(w_hr, item, 0);
-            const int64_t row = row_of(p.rows, time_of(d, s, h_length(i)), item.b);
-            static_cast<S*>(p.y)[(row * D + d) * P + item.u] = narrow<S>(h[i]);
-          }
-          if (goes_on) hidden.send(item.tile, item.n, {h[i]});
+          if (s < h_length(i)) h[i] = sum_of(w_hr, item);
+          if (goes_on) hidden.send(h_route[i], item.tile, {h[i]});
         }
       }
       if (goes_on) hidden.publish();
@@ -596,7 +752,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-template <class Cell, class S, Product kProduct, bool kGrid, bool kProjected>
+template <class Cell, class S, Product kProduct, bool kGrid, bool kProjected, int kItems>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Cut cut,
                     const __grid_constant__ SharedLayout at) {
@@ -610,8 +766,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   IfProjected<kProjected, Vector<S, kProduct, 1, kGrid>> dh_all(cut, 1, place, shared, at);
   IfProjected<kProjected, Matrix<S, kProduct, kLegs, 1, 1>> w_hr(cut, place, shared,
                                                                  at);  // transposed
-  const int64_t H = p.H, P = p.P, D = p.D, B = p.rows.B, N = p.rows.N;
-  const S *const y = static_cast<const S*>(p.y), *const reserve = static_cast<const S*>(p.reserve);
+  dpre_h.watch(w_hh.chunk0, w_hh.chunks);
+  if constexpr (kProjected) dh_all.watch(w_hr.chunk0, w_hr.chunks);
+  const int64_t B = p.rows.B, N = p.rows.N;
+  const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
 
   int64_t loaded = -1;
   for (int index = place.group; index < int(D) * cut.slices; index += cut.groups) {
@@ -634,11 +792,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     float dh[kItems] = {}, dc[kItems] = {};  // what reaches h and c of the step before past W_hh
     int length[kItems] = {}, h_length_[kProjected ? kItems : 1] = {};
+    int dpre_route[kItems] = {}, dh_route[kProjected ? kItems : 1] = {};
     const auto h_length = [&](int i) { return kProjected ? h_length_[i] : length[i]; };
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       Item item;
-      if (h_item(i, item) && item.there) {
+      const bool has_h = h_item(i, item);
+      if constexpr (kProjected)
+        if (has_h) dh_route[i] = dh_all.route(item.tile, item.n);
+      if (has_h && item.there) {
         if constexpr (kProjected) h_length_[i] = int(length_of(p.rows, item.b));
         if (p.dh_n != nullptr)
           dh[i] = widen(static_cast<const S*>(p.dh_n)[(d * B + item.b) * P + item.u]);
@@ -649,40 +811,75 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (Cell::kHasC && p.dc_n != nullptr)
           dc[i] = widen(static_cast<const S*>(p.dc_n)[(d * B + item.b) * H + item.u]);
       }
-      if (job.steps > 0) dpre_h.send(item.tile, item.n, {});
+      dpre_route[i] = dpre_h.route(item.tile, item.n);
+      if (job.steps > 0) dpre_h.send(dpre_route[i], item.tile, {});
     }
     if (job.steps > 0) dpre_h.publish();
 
-    for (int s = job.steps - 1; s >= 0; s--) {
-      S dy[kItems], saved_[kItems][kSaved + 1], now[kItems], before[kItems];
-#pragma unroll
-      for (int i = 0; i < kItems; i++) {
-        Item item;
-        if constexpr (kProjected) {
-          if (s < h_length(i) && p.dy != nullptr) {
-            h_item(i, item);
-            const int64_t row = row_of(p.rows, time_of(d, s, h_length(i)), item.b) * D + d;
-            dy[i] = static_cast<const S*>(p.dy)[row * P + item.u];
-          }
-        }
-        if (s >= length[i]) continue;
-        gate_item(i, item);
-        const int64_t row = row_of(p.rows, time_of(d, s, length[i]), item.b) * D + d;
-        if (!kProjected && p.dy != nullptr) dy[i] = static_cast<const S*>(p.dy)[row * P + item.u];
-        if constexpr (kNeedsH) now[i] = y[row * H + item.u];
-#pragma unroll
-        for (int k = 0; k < kSaved; k++)
-          saved_[i][k] = reserve[(row * kSaved + k) * cut.Hp + item.u];
-        if (s > 0) {
-          const int64_t previous = row_of(p.rows, time_of(d, s - 1, length[i]), item.b) * D + d;
-          if constexpr (kNeedsHPrev) before[i] = y[previous * H + item.u];
-          if constexpr (Cell::kHasC)
-            before[i] = reserve[(previous * kSaved + kSaved - 1) * cut.Hp + item.u];
-        } else if (kNeedsHPrev || Cell::kHasC) {
-          const void* const state = Cell::kHasC ? p.c0 : p.h0;
-          before[i] = static_cast<const S*>(state)[(d * B + item.b) * H + item.u];
+    S dy[kItems], saved_[kItems][kSaved + 1], now[kItems], before[kItems];
+    S all_[kProjected ? kItems : 1] = {}, dpre_[kItems][kSlots];
+    int row[kItems] = {};  // of the step before this one in time, which is s + 1
+    const S* const dy_rows = p.dy == nullptr ? nullptr : static_cast<const S*>(p.dy) + d * P;
+    const S* const y = static_cast<const S*>(p.y) + d * P;
+    [[maybe_unused]] const S* const reserve =
+        kSaved == 0 ? nullptr : static_cast<const S*>(p.reserve) + d * kSaved * Hp;
+    S* const dpre_rows = static_cast<S*>(p.dpre) + d * N * kSlots * H;
+    const auto load = [&](int s, int i) {
+      Item item;
+      if constexpr (kProjected) {
+        if (s < h_length(i) && p.dy != nullptr) {
+          h_item(i, item);
+          const int64_t from = row_at(p.rows, time_of(d, s, h_length(i)), item.b);
+          dy[i] = dy_rows[from * (D * P) + item.u];
         }
       }
+      if (s >= length[i]) return;
+      gate_item(i, item);
+      row[i] = row_at(p.rows, time_of(d, s, length[i]), item.b);
+      const int64_t from = row[i];
+      if (!kProjected && p.dy != nullptr) dy[i] = dy_rows[from * (D * H) + item.u];
+      if constexpr (kNeedsH) now[i] = y[from * (D * H) + item.u];
+      const S* const saved_from = reserve + from * (D * kSaved * Hp) + item.u;
+#pragma unroll
+      for (int k = 0; k < kSaved; k++) saved_[i][k] = saved_from[k * Hp];
+      if (s > 0) {
+        const int64_t previous = row_at(p.rows, time_of(d, s - 1, length[i]), item.b);
+        if constexpr (kNeedsHPrev) before[i] = y[previous * (D * H) + item.u];
+        if constexpr (Cell::kHasC)
+          before[i] = reserve[previous * (D * kSaved * Hp) + (kSaved - 1) * Hp + item.u];
+      } else if (kNeedsHPrev || Cell::kHasC) {
+        const void* const state = Cell::kHasC ? p.c0 : p.h0;
+        before[i] = static_cast<const S*>(state)[(d * B + item.b) * H + item.u];
+      }
+    };
+    const auto store = [&](int s, int i, int at) {
+      Item item;
+      if constexpr (kProjected) {
+        if (s < h_length(i)) {
+          h_item(i, item);
+          const int64_t h_at = row_at(p.rows, time_of(d, s, h_length(i)), item.b);
+          static_cast<S*>(p.dh_rows)[(d * N + h_at) * P + item.u] = all_[i];
+        }
+      }
+      if (s >= length[i]) return;
+      gate_item(i, item);
+      S* const to = dpre_rows + int64_t(at) * (kSlots * H) + item.u;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; slot++) to[stored_slot<Cell>(slot) * H] = dpre_[i][slot];
+    };
+
+    for (int s = job.steps - 1;; s--) {
+      // As in forward.
+      int last_row[kItems];
+#pragma unroll
+      for (int i = 0; i < kItems; i++) {
+        last_row[i] = row[i];
+        if (s >= 0) load(s, i);
+      }
+      if (s + 1 < job.steps)
+#pragma unroll
+        for (int i = 0; i < kItems; i++) store(s + 1, i, last_row[i]);
+      if (s < 0) break;
       w_hh.multiply(dpre_h);
       if constexpr (kProjected) {
 #pragma unroll
@@ -691,13 +888,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (!h_item(i, item)) continue;
           float all = 0;
           if (s < h_length(i)) {
-            all = dh[i] + sum_of(w_hh, item, 0);
+            all = dh[i] + sum_of(w_hh, item);
             if (p.dy != nullptr) all += widen(dy[i]);
             dh[i] = 0;
-            const int64_t row = row_of(p.rows, time_of(d, s, h_length(i)), item.b);
-            static_cast<S*>(p.dh_rows)[(d * N + row) * P + item.u] = narrow<S>(all);
+            all_[i] = narrow<S>(all);
           }
-          dh_all.send(item.tile, item.n, {all});
+          dh_all.send(dh_route[i], item.tile, {all});
         }
         dh_all.publish();
         w_hr.multiply(dh_all);
@@ -710,9 +906,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (s < length[i]) {
           float all;
           if constexpr (kProjected) {
-            all = sum_of(w_hr, item, 0);
+            all = sum_of(w_hr, item);
           } else {
-            all = dh[i] + sum_of(w_hh, item, 0);
+            all = dh[i] + sum_of(w_hh, item);
             if (p.dy != nullptr) all += widen(dy[i]);
           }
           float saved[kSaved + 1], dpre[kSlots];
@@ -723,15 +919,13 @@ __global__ void __launch_bounds__(kThreads, 1)
               p.cell, all, dc[i], saved, kNeedsH ? widen(now[i]) : 0.0f,
               kNeedsHPrev ? previous : 0.0f, Cell::kHasC ? previous : 0.0f, dpre);
           if constexpr (!kProjected) dh[i] = past;
-          const int64_t row = row_of(p.rows, time_of(d, s, length[i]), item.b);
-          S* const to = static_cast<S*>(p.dpre) + (d * N + row) * kSlots * H + item.u;
 #pragma unroll
           for (int slot = 0; slot < kSlots; slot++) {
-            to[stored_slot<Cell>(slot) * H] = narrow<S>(dpre[slot]);
+            dpre_[i][slot] = narrow<S>(dpre[slot]);
             if (slot >= kSlots - G) from_h[slot - (kSlots - G)] = dpre[slot];
           }
         }
-        dpre_h.send(item.tile, item.n, from_h);
+        dpre_h.send(dpre_route[i], item.tile, from_h);
       }
       dpre_h.publish();
     }
@@ -741,7 +935,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kItems; i++) {
       Item item;
       if (h_item(i, item) && item.there) {
-        if (job.steps > 0) dh[i] += sum_of(w_hh, item, 0);
+        if (job.steps > 0) dh[i] += sum_of(w_hh, item);
         static_cast<S*>(p.dh0)[(d * B + item.b) * P + item.u] = narrow<S>(dh[i]);
       }
       if constexpr (Cell::kHasC)

@@ -3,12 +3,12 @@
 
 namespace seqkern::cuda {
 
-void rnn_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  forward_of<RnnCell>(params, persistent, stream);
+bool rnn_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
+  return forward_of<RnnCell>(params, persistent, stream);
 }
 
-void rnn_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
-  backward_of<RnnCell>(params, persistent, stream);
+bool rnn_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
+  return backward_of<RnnCell>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

@@ -92,18 +92,21 @@ def build_and_load():
 
 
 @contextmanager
-def emulated(tier: str | None = None, seed: int = 0, facts: Facts = H100) -> Iterator[None]:
+def emulated(
+    tier: str | None = None, seed: int = 0, facts: Facts = H100, free_sms: int | None = None
+) -> Iterator[None]:
     """seqkern's recurrent layers run on the CUDA kernels, for CPU tensors.
 
     tier: the one that layers must take, "step", "block", "cluster" or "grid"; None: the kernels' own choice
     seed: of the order in which the emulated device runs blocks, warps and lanes
+    free_sms: multiprocessors that kernels get; others than facts has are reserved, as under MPS
     """
     ops = build_and_load()
     kept = []
     for kind in ("rnn", "gru", "lstm"):
         module = importlib.import_module(f"seqkern.ops.{kind}")
         kept.append((module, module._forward, module._backward))
-    ops.configure(seed, *astuple(facts))
+    ops.configure(seed, *astuple(facts), facts.sms if free_sms is None else free_sms)
     ops.force_tier(tier or "")
     try:
         for kind, (module, _, _) in zip(("rnn", "gru", "lstm"), kept, strict=True):

@@ -370,6 +370,24 @@ float low(Matrix type, uint32_t pair) {
                              : cuda::from_bf16_bits(uint16_t(pair));
 }
 
+// As tensor cores add (Fasi et al. 2021): the terms are aligned to the largest one, cut off two
+// bits below float's last, added exactly, and the sum is rounded to float towards zero.
+double truncated_sum(const double* terms, int n) {
+  double largest = 0, plain = 0;
+  for (int i = 0; i < n; i++) {
+    largest = std::max(largest, std::abs(terms[i]));
+    plain += terms[i];
+  }
+  if (largest < 1e-30 || !std::isfinite(plain)) return plain;
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 25), scale = 1 / unit;
+  int64_t sum = 0;
+  for (int i = 0; i < n; i++) sum += int64_t(terms[i] * scale);
+  uint64_t size = uint64_t(sum < 0 ? -sum : sum);
+  const int beyond = size == 0 ? 0 : 64 - __builtin_clzll(size) - 24;
+  if (beyond > 0) size = size >> beyond << beyond;
+  return (sum < 0 ? -double(size) : double(size)) * unit;
+}
+
 void multiply(Matrix type, const Warp& warp) {
   double a[16][16], b[16][8], c[16][8];
   const int K = type == Matrix::tf32 ? 8 : 16;
@@ -394,8 +412,11 @@ void multiply(Matrix type, const Warp& warp) {
     }
   }
   for (int row = 0; row < 16; row++)
-    for (int k = 0; k < K; k++)
-      for (int column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
+    for (int column = 0; column < 8; column++) {
+      double terms[17] = {c[row][column]};
+      for (int k = 0; k < K; k++) terms[k + 1] = a[row][k] * b[k][column];
+      c[row][column] = truncated_sum(terms, K + 1);
+    }
   for (int lane = 0; lane < 32; lane++) {
     const auto& out = *static_cast<const MatrixArguments*>(warp.arguments[lane]);
     const int r = lane / 4, q = lane % 4;
@@ -633,7 +654,7 @@ void run_all() {
   // Without the cooperative attribute nobody promises that blocks run at the same time.
   size_t resident = launch->cooperative ? order.size() : 1 + rng.below(4);
   if (launch->cluster > 1)
-    resident = std::min<size_t>(resident, size_t(device_facts.sms) / launch->cluster);
+    resident = std::min<size_t>(resident, size_t(device_facts.free_sms) / launch->cluster);
 
   std::vector<Block*> blocks;
   std::vector<Warp*> warps;
@@ -929,11 +950,12 @@ cudaError_t check(const void* kernel, const cudaLaunchConfig_t& config) {
     return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > size_t(attributes.shared_bytes)) return cudaErrorInvalidValue;
   if (shape.cluster == 0 || grid.x % shape.cluster != 0) return cudaErrorInvalidConfiguration;
-  if (shape.cluster > 1 && (facts().capability < 90 ||
-                            shape.cluster > unsigned(std::min(facts().max_cluster, facts().sms)) ||
-                            (shape.cluster > kPortableCluster && !attributes.any_cluster)))
+  if (shape.cluster > 1 &&
+      (facts().capability < 90 ||
+       shape.cluster > unsigned(std::min(facts().max_cluster, facts().free_sms)) ||
+       (shape.cluster > kPortableCluster && !attributes.any_cluster)))
     return cudaErrorInvalidClusterSize;
-  if (shape.cooperative && grid.x > facts().sms / shape.cluster * shape.cluster)
+  if (shape.cooperative && grid.x > facts().free_sms / shape.cluster * shape.cluster)
     return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }

@@ -25,6 +25,7 @@ namespace seqkern::cuda_on_cpu {
 struct Facts {
   int capability = 90;
   int sms = 132;
+  int free_sms = 132;            // of these: the others are reserved, which no query tells
   int shared_bytes = 227 << 10;  // that a block may ask for
   int max_cluster = 16;          // 1: no clusters
 };

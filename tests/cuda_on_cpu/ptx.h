@@ -17,8 +17,8 @@ namespace seqkern::cuda {
 
 #define SEQKERN_MMA(name, type)                                                                    \
   inline void name(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
-                   uint32_t b1) {                                                                  \
-    cuda_on_cpu::mma(cuda_on_cpu::Matrix::type, c, {a0, a1, a2, a3}, {b0, b1});                    \
+                   uint32_t b1, bool wanted = true) {                                              \
+    if (wanted) cuda_on_cpu::mma(cuda_on_cpu::Matrix::type, c, {a0, a1, a2, a3}, {b0, b1});        \
   }
 SEQKERN_MMA(mma_f16, f16)
 SEQKERN_MMA(mma_bf16, bf16)
@@ -57,6 +57,8 @@ inline float from_bf16_bits(uint16_t bits) { return __uint_as_float(uint32_t(bit
 
 inline float fast_exp(float x) { return __expf(x); }
 inline float fast_divide(float x, float y) { return __fdividef(x, y); }
+
+inline int warp_uniform(int x) { return x; }
 
 // ---- between blocks, through global memory ------------------------------------------------------
 

@@ -255,16 +255,30 @@ void products() {
     for (unsigned i = 0; i < a.size(); i++) a[i] = small(i) * 1.0009765f;
     for (unsigned i = 0; i < b.size(); i++) b[i] = small(i + 1000) * 0.9990234f;
     for (unsigned i = 0; i < c.size(); i++) c[i] = small(i + 2000);
-    std::vector<float> right = c;
+    std::vector<double> right(16 * 8), error(16 * 8);  // the sum, and how much may be cut off
     for (unsigned m = 0; m < 16; m++)
       for (unsigned n = 0; n < 8; n++) {
-        double sum = c[m * 8 + n];
-        for (unsigned k = 0; k < K; k++)
-          sum += double(rounded(type, a[m * K + k])) * rounded(type, b[k * 8 + n]);
-        right[m * 8 + n] = float(sum);
+        double sum = c[m * 8 + n], largest = std::abs(sum);
+        for (unsigned k = 0; k < K; k++) {
+          const double term = double(rounded(type, a[m * K + k])) * rounded(type, b[k * 8 + n]);
+          sum += term;
+          largest = std::max(largest, std::abs(term));
+        }
+        right[m * 8 + n] = sum;
+        error[m * 8 + n] = (K + 1) * 0x1p-25 * largest + 0x1p-23 * std::abs(sum);
       }
     launch(mma_kernel, {1, 32}, type, a.data(), b.data(), c.data());
-    expect(c == right, "a wrong product");
+    for (size_t i = 0; i < c.size(); i++)
+      expect(std::abs(c[i] - right[i]) <= error[i], "a wrong product");
+
+    // Towards zero, as on the device: 1 + 3/4 of an ulp, and the same below zero.
+    for (const float sign : {1.f, -1.f}) {
+      std::fill(a.begin(), a.end(), 0.f), std::fill(b.begin(), b.end(), 0.f);
+      std::fill(c.begin(), c.end(), sign);
+      a[0] = 0x1.8p-12f, b[0] = sign * 0x1p-12f;
+      launch(mma_kernel, {1, 32}, type, a.data(), b.data(), c.data());
+      expect(c[0] == sign, "a sum that is not truncated");
+    }
   }
 }
 
@@ -496,7 +510,7 @@ __global__ void poison_kernel(float* out) {
 }
 
 void limits() {
-  device::configure(0, {80, 108, 163 << 10, 1});
+  device::configure(0, {80, 108, 108, 163 << 10, 1});
   const auto error_of = [](Shape shape) { return try_launch(nothing_kernel, shape); };
   expect(error_of({108, 32, 0, 1, true}) == cudaSuccess, "fits");
   expect(error_of({109, 32, 0, 1, true}) == cudaErrorCooperativeLaunchTooLarge, "too many blocks");
