@@ -1,5 +1,5 @@
 // How a persistent kernel cuts its work and its shared memory: what plan.cpp (host) and
-// recurrence.cuh (device) must agree on.
+// exchange.cuh, matrix.cuh and recurrence.cuh (device) must agree on.
 //
 // Units (of h, or before a projection) come in *tiles* of 16, the sum over k in *chunks* of 64
 // bytes of k (32 numbers of 16 bits, 16 of 32 bits), the batch in *columns* of 8 rows.
