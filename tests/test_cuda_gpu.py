@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import seqkern
 from seqkern import _extension
 from seqkern.ops import _backend
+from seqkern.plan import facts_of
 
 DEVICE = "cuda"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +115,7 @@ def finish(what: str) -> None:
 # ---- parity ------------------------------------------------------------------------------------------------
 
 SIZES = {  # tier -> (T, B, I, H, options)
-    "block": ((9, 3, 17, 15, {}), (17, 9, 33, 64, {"bidirectional": True}), (5, 17, 72, 96, {})),
+    "block": ((9, 3, 17, 15, {}), (17, 9, 33, 64, {"bidirectional": True}), (5, 17, 72, 50, {})),
     "cluster": ((9, 5, 65, 129, {}), (17, 16, 40, 256, {"bidirectional": True}), (6, 9, 33, 448, {})),
     "grid": ((9, 5, 31, 200, {"bidirectional": True}), (6, 16, 64, 768, {}), (5, 33, 65, 1024, {})),
     "step": ((9, 5, 31, 65, {"bidirectional": True}), (4, 17, 65, 1024, {})),
@@ -552,3 +553,11 @@ def test_few_or_no_rows(kind: str, T: int, B: int) -> None:
     y, _ = ours(x)
     grads = torch.autograd.grad(y.sum(), [x, *ours.parameters()])
     assert y.shape == (T, B, 15) and all(grad.isfinite().all() for grad in grads)
+
+
+def test_the_facts_are_the_device_s() -> None:
+    facts, device = facts_of(0), torch.cuda.get_device_properties(0)
+    assert facts.capability == 10 * device.major + device.minor
+    assert facts.sms == device.multi_processor_count
+    assert facts.shared_bytes == device.shared_memory_per_block_optin
+    assert facts.max_cluster >= 8 if device.major >= 9 else facts.max_cluster == 1
