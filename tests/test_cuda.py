@@ -379,6 +379,21 @@ def test_tf32(kind: str, tier: str) -> None:
     assert all((rounded[name] != exact[name]).any() for name in ("y", "d h0"))
 
 
+@pytest.mark.parametrize("tier", PERSISTENT)
+@pytest.mark.parametrize("which", ["matrix", "vector"])
+def test_tf32_rounds_to_nearest(which: str, tier: str) -> None:
+    """The tensor core would cut off what TF32 has no bits for."""
+    layer = torch.nn.RNN(1, 17, nonlinearity="relu", bias=False)
+    between = 1 + 2.0**-11 + 2.0**-12  # TF32 has 1 and 1 + 2^-10
+    weight, start = (between, 1.0) if which == "matrix" else (1.0, between)
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    with emulated(tier), torch.no_grad():
+        layer.weight_ih_l0.zero_()
+        layer.weight_hh_l0.copy_(weight * torch.eye(17))
+        y, _ = our_layer(layer)(torch.zeros(1, 2, 1), torch.full((1, 2, 17), start))
+    assert (y == 1 + 2.0**-10).all()
+
+
 # ---- every way to cut a layer ------------------------------------------------------------------------------
 
 
@@ -461,14 +476,28 @@ def test_any_cut_at_length(part: int) -> None:
             check_cut(cut)
 
 
-@pytest.mark.parametrize(("kind", "H"), [("rnn", 512), ("gru", 384)])
+@pytest.mark.parametrize(("kind", "H"), [("rnn", 512), ("gru", 384), ("rnn", 1024)])
 def test_long_sums_of_float32(kind: str, H: int) -> None:
     """Many products added up by one warp: the tensor cores' truncation must not pile up."""
-    facts = Facts(sms=8)
+    facts = Facts(sms=H // 64)
     case = Case(kind, T=4, B=5, I=9, H=H)
     layer = case.torch_layer()
     with emulated("grid", facts=facts):
         check_parity(layer, our_layer(layer), *case.inputs(), case)
+
+
+@pytest.mark.parametrize("tier", PERSISTENT)
+def test_infinite_numbers_stay_infinite(tier: str) -> None:
+    """An infinite h has no lower part: inf - inf is NaN, which float32's three products must leave out."""
+    case = Case("rnn", nonlinearity="relu", T=2, B=2, H=17)
+    layer, (x, h0) = case.torch_layer(), case.inputs()
+    with emulated(tier), torch.no_grad():
+        layer.weight_hh_l0.abs_()
+        h0[0, 0, 3] = torch.inf
+        expected, _ = layer(x, h0)
+        got, _ = our_layer(layer)(x, h0)
+    assert (expected[:, 0] == torch.inf).all()
+    assert (got[:, 0] == torch.inf).all() and got[:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("case", layers(T=3, H=140), ids=str)
