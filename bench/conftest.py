@@ -20,7 +20,7 @@ CHECK_FLOPS = {torch.float32: 5e8, torch.bfloat16: 2e8, torch.float16: 3e7}  # a
 QUICK_GATE_FLOPS = {torch.float32: 4e9, torch.bfloat16: 1e9, torch.float16: 1e8}
 FULL = harness.Budget(seconds=1.0, least=5)
 QUICK = harness.Budget(seconds=0.4, least=3, limit=5.0)
-GPU = harness.Budget(seconds=0.3, least=5, limit=4.0)  # many cases in a few minutes of a borrowed device
+GPU = harness.Budget(seconds=0.3, least=5, limit=4.0)  # many cases in a few minutes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -59,7 +59,6 @@ SEQKERN_BOTH constexpr int first_chunk(int chunks, int split, int splits) {
 struct LegShape {
   int tiles;            // of units that the matrix gives
   int m;                // rows of tiles of the matrix per tile of units
-  int numbers;          // of the vector per unit of the vector
   int tile_bytes;       // of k per tile of the vector: what such a tile gives one row of the batch
   int chunks;           // of k
   int register_chunks;  // of them, per warp
@@ -78,7 +77,6 @@ SEQKERN_BOTH constexpr LegShape leg_shape(int64_t units, int m, int64_t vector_u
   LegShape leg{};
   leg.tiles = int(divide_up(units, kTile));
   leg.m = m;
-  leg.numbers = numbers;
   leg.tile_bytes = kTile * element_bytes * numbers;
   leg.chunks = int(divide_up(divide_up(vector_units, kTile) * leg.tile_bytes, kChunkBytes));
   return leg;

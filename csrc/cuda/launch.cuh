@@ -87,75 +87,51 @@ inline int items_of(const Plan& plan) {
   return int(divide_up(int64_t(tiles) * plan.batch * kTile, kThreads));
 }
 
-// One cell's kernel for a dtype, a way to exchange, items per thread and, for an LSTM, a
-// projection.
-template <class C, class S, Product kProduct, int kItems>
-bool launch_forward_items(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  const bool grid = persistent.plan.tier == Tier::grid;
-  PersistentKernel<ForwardParams> kernel =
-      grid ? forward_kernel<C, S, kProduct, true, false, kItems>
-           : forward_kernel<C, S, kProduct, false, false, kItems>;
-  if constexpr (C::kHasC)
-    if (persistent.matrix[0][1] != nullptr)
-      kernel = grid ? forward_kernel<C, S, kProduct, true, true, kItems>
-                    : forward_kernel<C, S, kProduct, false, true, kItems>;
-  return launch_persistent(kernel, "forward_kernel", params, persistent, Pass::forward, stream);
-}
+template <Pass kPass>
+using ParamsOf = std::conditional_t<kPass == Pass::forward, ForwardParams, BackwardParams>;
 
-template <template <class> class Cell, class S, Product kProduct>
-bool launch_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  using C = Cell<Math<S>>;
-  static_assert(kMostItems == 2);
-  return items_of(persistent.plan) == 1
-             ? launch_forward_items<C, S, kProduct, 1>(params, persistent, stream)
-             : launch_forward_items<C, S, kProduct, 2>(params, persistent, stream);
-}
-
-template <class C, class S, Product kProduct, int kItems>
-bool launch_backward_items(const BackwardParams& params, const Persistent& persistent,
-                           void* stream) {
-  const bool grid = persistent.plan.tier == Tier::grid;
-  PersistentKernel<BackwardParams> kernel =
-      grid ? backward_kernel<C, S, kProduct, true, false, kItems>
-           : backward_kernel<C, S, kProduct, false, false, kItems>;
-  if constexpr (C::kHasC)
-    if (persistent.matrix[0][1] != nullptr)
-      kernel = grid ? backward_kernel<C, S, kProduct, true, true, kItems>
-                    : backward_kernel<C, S, kProduct, false, true, kItems>;
-  return launch_persistent(kernel, "backward_kernel", params, persistent, Pass::backward, stream);
-}
-
-template <template <class> class Cell, class S, Product kProduct>
-bool launch_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
-  using C = Cell<Math<S>>;
-  static_assert(kMostItems == 2);
-  return items_of(persistent.plan) == 1
-             ? launch_backward_items<C, S, kProduct, 1>(params, persistent, stream)
-             : launch_backward_items<C, S, kProduct, 2>(params, persistent, stream);
-}
-
-template <template <class> class Cell>
-bool forward_of(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  if (params.dtype == Dtype::f16)
-    return launch_forward<Cell, f16, Product::f16>(params, persistent, stream);
-  else if (params.dtype == Dtype::bf16)
-    return launch_forward<Cell, bf16, Product::bf16>(params, persistent, stream);
-  else if (persistent.tf32)
-    return launch_forward<Cell, float, Product::tf32>(params, persistent, stream);
+// The kernel of a pass, for a cell, a dtype, a way to exchange and items per thread.
+template <Pass kPass, class Cell, class S, Product kProduct, bool kGrid, bool kProjected,
+          int kItems>
+PersistentKernel<ParamsOf<kPass>> kernel_of() {
+  if constexpr (kPass == Pass::forward)
+    return forward_kernel<Cell, S, kProduct, kGrid, kProjected, kItems>;
   else
-    return launch_forward<Cell, float, Product::tf32_3>(params, persistent, stream);
+    return backward_kernel<Cell, S, kProduct, kGrid, kProjected, kItems>;
 }
 
-template <template <class> class Cell>
-bool backward_of(const BackwardParams& params, const Persistent& persistent, void* stream) {
+template <Pass kPass, class Cell, class S, Product kProduct, int kItems>
+PersistentKernel<ParamsOf<kPass>> kernel_of(bool grid, bool projected) {
+  if constexpr (Cell::kHasC)  // an LSTM
+    if (projected)
+      return grid ? kernel_of<kPass, Cell, S, kProduct, true, true, kItems>()
+                  : kernel_of<kPass, Cell, S, kProduct, false, true, kItems>();
+  return grid ? kernel_of<kPass, Cell, S, kProduct, true, false, kItems>()
+              : kernel_of<kPass, Cell, S, kProduct, false, false, kItems>();
+}
+
+template <Pass kPass, class Cell, class S, Product kProduct>
+bool launch(const ParamsOf<kPass>& params, const Persistent& persistent, void* stream) {
+  static_assert(kMostItems == 2);
+  const bool grid = persistent.plan.tier == Tier::grid;
+  const bool projected = persistent.matrix[0][1] != nullptr;
+  return launch_persistent(items_of(persistent.plan) == 1
+                               ? kernel_of<kPass, Cell, S, kProduct, 1>(grid, projected)
+                               : kernel_of<kPass, Cell, S, kProduct, 2>(grid, projected),
+                           kPass == Pass::forward ? "forward_kernel" : "backward_kernel", params,
+                           persistent, kPass, stream);
+}
+
+// One cell's.
+template <Pass kPass, template <class> class Cell>
+bool launch_cell(const ParamsOf<kPass>& params, const Persistent& persistent, void* stream) {
   if (params.dtype == Dtype::f16)
-    return launch_backward<Cell, f16, Product::f16>(params, persistent, stream);
-  else if (params.dtype == Dtype::bf16)
-    return launch_backward<Cell, bf16, Product::bf16>(params, persistent, stream);
-  else if (persistent.tf32)
-    return launch_backward<Cell, float, Product::tf32>(params, persistent, stream);
-  else
-    return launch_backward<Cell, float, Product::tf32_3>(params, persistent, stream);
+    return launch<kPass, Cell<Math<f16>>, f16, Product::f16>(params, persistent, stream);
+  if (params.dtype == Dtype::bf16)
+    return launch<kPass, Cell<Math<bf16>>, bf16, Product::bf16>(params, persistent, stream);
+  if (persistent.tf32)
+    return launch<kPass, Cell<Math<float>>, float, Product::tf32>(params, persistent, stream);
+  return launch<kPass, Cell<Math<float>>, float, Product::tf32_3>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

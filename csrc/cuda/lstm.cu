@@ -4,11 +4,11 @@
 namespace seqkern::cuda {
 
 bool lstm_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  return forward_of<LstmCell>(params, persistent, stream);
+  return launch_cell<Pass::forward, LstmCell>(params, persistent, stream);
 }
 
 bool lstm_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
-  return backward_of<LstmCell>(params, persistent, stream);
+  return launch_cell<Pass::backward, LstmCell>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

@@ -74,6 +74,12 @@ __device__ __forceinline__ int64_t length_of(const Rows& rows, int64_t b) {
   return length < 0 ? 0 : length > rows.T ? rows.T : length;
 }
 
+// The time of step s of direction d of a sequence of this length, s < length.
+template <class Integer>
+__device__ __forceinline__ Integer time_of(int64_t d, Integer s, Integer length) {
+  return d == 0 ? s : length - 1 - s;
+}
+
 // The row of (t, b).
 __device__ __forceinline__ int64_t row_of(const Rows& rows, int64_t t, int64_t b) {
   return (rows.first != nullptr ? rows.first[t] : t * rows.B) + b;

@@ -81,11 +81,6 @@ __device__ __forceinline__ Job job_of(const Cut& cut, const Rows& rows, int inde
   return job;
 }
 
-// Step s of a row of `length` steps is at this time.
-__device__ __forceinline__ int time_of(int64_t d, int s, int length) {
-  return d == 0 ? s : length - 1 - s;
-}
-
 // The row of (t, b); plan.cpp sees to it that there are less than 2^31.
 __device__ __forceinline__ int row_at(const Rows& rows, int t, int b) {
   return (rows.first != nullptr ? int(rows.first[t]) : t * int(rows.B)) + b;

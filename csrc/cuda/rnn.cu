@@ -4,11 +4,11 @@
 namespace seqkern::cuda {
 
 bool rnn_forward(const ForwardParams& params, const Persistent& persistent, void* stream) {
-  return forward_of<RnnCell>(params, persistent, stream);
+  return launch_cell<Pass::forward, RnnCell>(params, persistent, stream);
 }
 
 bool rnn_backward(const BackwardParams& params, const Persistent& persistent, void* stream) {
-  return backward_of<RnnCell>(params, persistent, stream);
+  return launch_cell<Pass::backward, RnnCell>(params, persistent, stream);
 }
 
 }  // namespace seqkern::cuda

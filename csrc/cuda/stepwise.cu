@@ -24,11 +24,6 @@ __device__ __forceinline__ int64_t thread_index() {
   return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
-// The time of step s of a sequence of this length, s < length.
-__device__ __forceinline__ int64_t time_of(int64_t s, int64_t d, int64_t length) {
-  return d == 0 ? s : length - 1 - s;
-}
-
 template <class S>
 __device__ __forceinline__ const S* in(const void* data) {
   return static_cast<const S*>(data);
@@ -66,7 +61,7 @@ __global__ void step_forward_kernel(const ForwardParams p, const ForwardStep ste
     if (step.m != nullptr) out<S>(step.m)[i] = narrow<S>(C(0));
     return;
   }
-  const int64_t row = row_of(p.rows, time_of(step.s, d, length), b);
+  const int64_t row = row_of(p.rows, time_of(d, step.s, length), b);
 
   C pre[Cell::kSlots] = {};
   for (int k = 0; k < Cell::kGates; k++) {
@@ -107,7 +102,7 @@ __global__ void step_store_kernel(const ForwardParams p, const int64_t d, const 
   const int64_t b = i / P, k = i % P;
   const int64_t length = length_of(p.rows, b);
   if (s >= length) return;
-  const int64_t row = row_of(p.rows, time_of(s, d, length), b);
+  const int64_t row = row_of(p.rows, time_of(d, s, length), b);
   h[i] = h_new[i];
   out<S>(p.y)[row * p.D * P + d * P + k] = h_new[i];
 }
@@ -127,8 +122,8 @@ __global__ void step_backward_kernel(const BackwardParams p, const BackwardStep 
     for (int g = 0; g < Cell::kGates; g++) dpre_h[g * H] = narrow<S>(C(0));
     return;
   }
-  const int64_t row = row_of(p.rows, time_of(step.s, d, length), b);
-  const int64_t row_prev = step.s == 0 ? -1 : row_of(p.rows, time_of(step.s - 1, d, length), b);
+  const int64_t row = row_of(p.rows, time_of(d, step.s, length), b);
+  const int64_t row_prev = step.s == 0 ? -1 : row_of(p.rows, time_of(d, step.s - 1, length), b);
 
   // The state that the cell computed and the one it came from. Only an LSTM has a projection, and
   // it does not ask for h.
@@ -180,7 +175,7 @@ __global__ void step_gather_kernel(const BackwardParams p, const BackwardStep st
     dh_all[i] = narrow<S>(C(0));
     return;
   }
-  const int64_t row = row_of(p.rows, time_of(step.s, d, length), b);
+  const int64_t row = row_of(p.rows, time_of(d, step.s, length), b);
   C dh = out<C>(step.dh)[i];
   if (step.dh_rec != nullptr) dh += widen(in<S>(step.dh_rec)[i]);
   if (p.dy != nullptr) dh += widen(in<S>(p.dy)[row * p.D * P + d * P + k]);
@@ -216,7 +211,7 @@ __global__ void gather_previous_kernel(const BackwardParams p, const int64_t d, 
   const Place at = place_of(p.rows, i, P);
   if (at.row < 0) return;
   S value = narrow<S>(Compute<S>(0));
-  if (at.valid && at.t == time_of(0, d, at.length)) {
+  if (at.valid && at.t == time_of(d, int64_t(0), at.length)) {
     value = in<S>(p.h0)[(d * p.rows.B + at.b) * P + at.k];
   } else if (at.valid) {
     const int64_t row_prev = row_of(p.rows, d == 0 ? at.t - 1 : at.t + 1, at.b);

@@ -14,7 +14,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
@@ -43,15 +42,11 @@ SEQKERN_VECTORS(float, float)
 // Of the thread that runs.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
 
 // ---- device functions ---------------------------------------------------------------------------
 
 inline void __syncthreads() { seqkern::cuda_on_cpu::sync_block(); }
 inline void __nanosleep(unsigned) { seqkern::cuda_on_cpu::pause(); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-[[noreturn]] inline void __trap() { seqkern::cuda_on_cpu::fail("__trap()"); }
 
 inline void cuda_on_cpu_check_mask(unsigned mask) {
   if (mask != 0xffffffffu) seqkern::cuda_on_cpu::fail("a warp operation with mask %08x", mask);
@@ -131,14 +126,6 @@ enum cudaDeviceAttr {
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
-
-// Everything runs at once, so that a stream has nothing left to do.
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t) {
-  std::memset(p, byte, bytes);
-  return cudaSuccess;
-}
 
 // ---- kernels ------------------------------------------------------------------------------------
 
