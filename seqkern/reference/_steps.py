@@ -53,3 +53,12 @@ class StepOptions(NamedTuple):
 
 def add(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
+
+
+def layer_norm(y: Tensor, gamma: Tensor, beta: Tensor | None, eps: float) -> Tensor:
+    """(y - mean) / sqrt(variance + eps) * gamma + beta over the last dimension, the variance biased.
+
+    Literally, because F.layer_norm computes y * rstd - mean * rstd, which cancels.
+    """
+    variance, mean = torch.var_mean(y, dim=-1, correction=0, keepdim=True)
+    return add((y - mean) * torch.rsqrt(variance + eps) * gamma, beta)

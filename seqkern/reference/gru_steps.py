@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.reference._steps import StepOptions
+from seqkern.reference._steps import StepOptions, layer_norm
 
 
 def gru(
@@ -125,7 +125,7 @@ def layer_norm_gru(
     """
     w_hh, (gamma_h, beta_h) = params[1], params[7:9]
     (h_prev,) = state
-    normed = F.layer_norm(F.linear(h_in, w_hh), gamma_h.shape, gamma_h, beta_h, options.eps)
+    normed = layer_norm(F.linear(h_in, w_hh), gamma_h, beta_h, options.eps)
     ir, iz, i_n = projected.chunk(3, dim=-1)
     hr, hz, hn = normed.chunk(3, dim=-1)
     r = torch.sigmoid(ir + hr)

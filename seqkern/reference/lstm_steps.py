@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.reference._steps import StepOptions
+from seqkern.reference._steps import StepOptions, layer_norm
 
 
 def lstm(
@@ -160,11 +160,11 @@ def layer_norm_lstm(
     """
     w_hh, (gamma_h, beta_h, gamma_c, beta_c) = params[1], params[7:11]
     _, c_prev = state
-    normed = F.layer_norm(F.linear(h_in, w_hh), gamma_h.shape, gamma_h, beta_h, options.eps)
+    normed = layer_norm(F.linear(h_in, w_hh), gamma_h, beta_h, options.eps)
     i, f, g, o = (projected + normed).chunk(4, dim=-1)
     g = options.drop(torch.tanh(g))
     c = options.clip(torch.sigmoid(f) * c_prev + torch.sigmoid(i) * g)
-    h = torch.sigmoid(o) * torch.tanh(F.layer_norm(c, gamma_c.shape, gamma_c, beta_c, options.eps))
+    h = torch.sigmoid(o) * torch.tanh(layer_norm(c, gamma_c, beta_c, options.eps))
     return h, c
 
 

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkern.reference import gru_steps, lstm_steps, rnn_steps
-from seqkern.reference._steps import StepOptions, add, join_directions, time_order, valid_steps, zero_padding
+from seqkern.reference._steps import (
+    StepOptions,
+    add,
+    join_directions,
+    layer_norm,
+    time_order,
+    valid_steps,
+    zero_padding,
+)
 from seqkern.reference.masks import DROP, ZONE_C, ZONE_H
 
 STEPS = rnn_steps.STEPS | gru_steps.STEPS | lstm_steps.STEPS
@@ -101,4 +109,4 @@ def _project(cell: str, x: Tensor, params: Sequence[Tensor | None], eps: float) 
     if not cell.startswith("layer_norm"):
         return F.linear(x, w_ih, b_ih)
     gamma_i, beta_i = params[5:7]
-    return add(F.layer_norm(F.linear(x, w_ih), gamma_i.shape, gamma_i, beta_i, eps), b_ih)
+    return add(layer_norm(F.linear(x, w_ih), gamma_i, beta_i, eps), b_ih)
