@@ -2,16 +2,21 @@
 
 from seqkern.ops import _fake  # noqa: F401  (registers the operators' fake kernels)
 from seqkern.ops._backend import use_backend
+from seqkern.ops._cells import CELLS
 from seqkern.ops.attention import scaled_dot_product_attention, varlen_attention
 from seqkern.ops.gru import gru, gru_cell
 from seqkern.ops.lstm import lstm, lstm_cell
+from seqkern.ops.recurrent import recurrent, recurrent_cell
 from seqkern.ops.rnn import rnn, rnn_cell
 
 __all__ = [
+    "CELLS",
     "gru",
     "gru_cell",
     "lstm",
     "lstm_cell",
+    "recurrent",
+    "recurrent_cell",
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",

@@ -8,6 +8,7 @@ these functions in float64, and double backward differentiates them.
 from seqkern.reference.attention import attention
 from seqkern.reference.gru import gru_layer
 from seqkern.reference.lstm import lstm_layer
+from seqkern.reference.recurrent import recurrent_layer
 from seqkern.reference.rnn import rnn_layer
 
-__all__ = ["attention", "gru_layer", "lstm_layer", "rnn_layer"]
+__all__ = ["attention", "gru_layer", "lstm_layer", "recurrent_layer", "rnn_layer"]
