@@ -558,21 +558,20 @@ struct NestedGruCell {
 template <class Math>
 struct LayerNormLstmCell {
   using V = typename Math::V;
-  static constexpr int kGates = 4, kSaved = 5, kStates = 2;
-  static constexpr bool kNormalisesC = true;
+  static constexpr int kSaved = 6, kStates = 2;
 
   // i f g o = sigma(pre_i) sigma(pre_f) tanh(pre_g) sigma(pre_o);  c = f c_prev + i g
-  // (Ba et al. 2016)
+  // (Ba et al. 2016). saved: i f g o, the normalised c, c
   template <class Regular>
   static SEQKERN_HOST_DEVICE void make_c(const V* pre, V* state, const Regular& regular, V* saved) {
     LstmCell<Math>::forward(pre, V{}, state, nullptr, regular, saved);
+    saved[5] = saved[4];
   }
-  static SEQKERN_HOST_DEVICE V make_h(const V* saved, V normalised) {
-    return saved[3] * Math::tanh(normalised);
-  }
-  // Gradients of the normalised c (returned) and of pre_o.
-  static SEQKERN_HOST_DEVICE V h_backward(V dh, const V* saved, V normalised, V* dpre) {
-    const V tanh_c = Math::tanh(normalised), o = saved[3];
+  // h, from what gain and bias make of the normalised c
+  static SEQKERN_HOST_DEVICE V make_h(const V* saved, V c) { return saved[3] * Math::tanh(c); }
+  // The gradients of that c (returned) and of pre_o.
+  static SEQKERN_HOST_DEVICE V h_backward(V dh, const V* saved, V c, V* dpre) {
+    const V tanh_c = Math::tanh(c), o = saved[3];
     dpre[3] = dh * tanh_c * o * (1 - o);
     return dh * o * (1 - tanh_c * tanh_c);
   }
@@ -581,7 +580,7 @@ struct LayerNormLstmCell {
   static SEQKERN_HOST_DEVICE void c_backward(V dc, V* dstate, const V* saved, const V* prev,
                                              const Regular& regular, V* dpre) {
     const V i = saved[0], f = saved[1], g = saved[2];
-    dc = regular.clip_gradient(saved[4], dc);
+    dc = regular.clip_gradient(saved[5], dc);
     dpre[0] = dc * regular.candidate(g) * i * (1 - i);
     dpre[1] = dc * prev[0] * f * (1 - f);
     dpre[2] = regular.candidate(dc) * i * (1 - g * g);

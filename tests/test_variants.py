@@ -103,6 +103,10 @@ def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
     small = dict(T=(1, 2, 7), B=(1, 3, 8), I=(5,), H=(1, 15, 16, 33))
     if slow:
         small = sizes
+    if CELLS[cell].normalises:
+        # A row of one unit's three or four gates has hardly a degree of freedom left once it is normalised, and
+        # rounding decides its gradient. The sizes above have H = 1 in float32.
+        small = small | dict(H=(2, *small["H"][1:]))
     rows = [row | dict(dtype=torch.float32) for row in pairwise(sizes)] + pairwise(options | small)
     if cell == "lstm":
         rows += [dict(P=5, H=17, T=7, B=8, dtype=torch.float32, options=(("proj_clip", 0.2),))]

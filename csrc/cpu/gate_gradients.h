@@ -245,8 +245,7 @@ void Backward<S>::normalised_lstm(const Span& s) const {
     const int64_t j = s.sorted(i);
     const S* dy = q.dy.data ? this->template row_of<const S>(q.dy, s.t, j) + s.d * P : nullptr;
     A* out = s.memory.dpre[s.d] + in_chunk(s.chunk, s.d, s.t, j) * ld;
-    const C* statistics = this->statistics(s.d, s.t, j);
-    const C mean = statistics[2], rstd = statistics[3];
+    const C rstd = this->statistics(s.d, s.t, j)[2];
     C* held = s.mine.held;
     V sum{}, sum_normalised{};
     for (int64_t u = 0; u < blocks; u++) {  // to the gradient of the normalised c
@@ -256,7 +255,7 @@ void Backward<S>::normalised_lstm(const Span& s) const {
       if (dy) dh += load_first(dy + u * L, block.valid);
       block.take(dh, s.task.dstate, i * Hp + u * L);
       const C* own = s.memory.own[s.d] + u * kOwn * L;
-      const V gain = load(own + 8 * L), normalised = (block.saved[4] - mean) * rstd;
+      const V gain = load(own + 8 * L), normalised = block.saved[4];
       const V d = Cell::h_backward(dh, block.saved, normalised * gain + load(own + 9 * L), dpre);
       store(dh_memory, block.kept_h);
       store(held + 3 * Hp + u * L, dpre[3]);
@@ -271,7 +270,7 @@ void Backward<S>::normalised_lstm(const Span& s) const {
       Block<S, Cell, kRegularised> block(*this, s.d, s.t, j, u, 8);
       V none{}, dpre[4];
       block.take(none, s.task.dstate, i * Hp + u * L);
-      const V normalised = (block.saved[4] - mean) * rstd;
+      const V normalised = block.saved[4];
       const V dc =
           block.dstate[0] + (load(held + 4 * Hp + u * L) - mean_d - normalised * slope) * rstd;
       Cell::c_backward(dc, block.dstate, block.saved, block.prev, block.within(), dpre);

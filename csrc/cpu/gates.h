@@ -54,7 +54,7 @@ void Forward<S>::make_gates(const Span& s) const {
     const S* h_row = kRegularised || Cell::kNeedsHPrev ? this->h_prev(s.d, s.t, j) : nullptr;
     for (int64_t u = s.u0; u < s.u1; u++) {
       const C* pre = s.pre + r * ld + u * kSlots * L;
-      V slots[kSlots], saved[kSaved > 0 ? kSaved : 1], own[Cell::kOwn > 0 ? Cell::kOwn : 1];
+      V slots[kSlots], saved[kSaved > 0 ? kSaved : 1] = {}, own[Cell::kOwn > 0 ? Cell::kOwn : 1];
       V state[kStates > 0 ? kStates : 1], before[kStates > 0 ? kStates : 1], h_prev{};
       for (int k = 0; k < kSlots; k++) slots[k] = load(pre + k * L);
       for (int k = 0; k < Cell::kOwn; k++)
@@ -88,7 +88,7 @@ void Forward<S>::begin_cell(const Span& s) const {
     const S* scale = this->scale_of(s.d, j);
     for (int64_t u = s.u0; u < s.u1; u++) {
       const int64_t valid = H - u * L;
-      V slots[Cell::kSlots], saved[Cell::kSaved], state[kStates > 0 ? kStates : 1];
+      V slots[Cell::kSlots], saved[Cell::kSaved] = {}, state[kStates > 0 ? kStates : 1];
       V mid[Cell::kMid];
       for (int k = 0; k < Cell::kSlots; k++) {
         slots[k] = load(s.pre + r * ld + (u * Cell::kSlots + k) * L);
@@ -233,22 +233,22 @@ void Forward<S>::normalised_lstm(const Span& s) const {
       for (int k = 0; k < Cell::kSaved; k++) store(held + (u * Cell::kSaved + k) * L, saved[k]);
     }
     const Moments<C> m = moments<C>(
-        H, 1, q.eps, [&](int64_t u, int) { return load(held + (u * Cell::kSaved + 4) * L); });
+        H, 1, q.eps, [&](int64_t u, int) { return load(held + (u * Cell::kSaved + 5) * L); });
     if (q.reserve) {
       C* statistics = this->statistics(s.d, s.t, j);
-      statistics[2] = m.mean, statistics[3] = m.rstd;
+      statistics[2] = m.rstd;
     }
     const S* h_row = kRegularised ? this->h_prev(s.d, s.t, j) : nullptr;
     for (int64_t u = 0; u < blocks; u++) {
       V saved[Cell::kSaved], state[1], before[1], h_prev{};
       for (int k = 0; k < Cell::kSaved; k++) saved[k] = load(held + (u * Cell::kSaved + k) * L);
+      saved[4] = (saved[5] - m.mean) * m.rstd;
       const C* own = s.memory.own[s.d] + u * kOwn * L;
-      const V normalised = (saved[4] - m.mean) * m.rstd * load(own + 8 * L) + load(own + 9 * L);
-      state[0] = saved[4];
+      const V c = saved[4] * load(own + 8 * L) + load(own + 9 * L);
+      state[0] = saved[5];
       before[0] = load(s.task.state[0] + r * Hp + u * L);
       if (kRegularised) h_prev = load_first(h_row + u * L, H - u * L);
-      give<Cell, kRegularised>(s, r, u, Cell::make_h(saved, normalised), h_prev, state, before,
-                               saved, 8);
+      give<Cell, kRegularised>(s, r, u, Cell::make_h(saved, c), h_prev, state, before, saved, 8);
     }
   }
 }

@@ -34,7 +34,7 @@ constexpr int64_t kBlockK = 256;  // most rows per round of a weight gradient, g
 constexpr int64_t kMinSliceRows =
     4;  // fewer rows don't keep the multipliers busy while weights stream by
 
-constexpr int kMostSlots = 8, kMostSaved = 13, kMostSums = 14, kMostMid = 2, kMostProducts = 2;
+constexpr int kMostSlots = 8, kMostMid = 2, kMostProducts = 2;
 
 struct Plan {
   int64_t slices;   // of the batch

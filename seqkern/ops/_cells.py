@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 BASE_POSITIONS = 5  # w_ih, w_hh, b_ih, b_hh, w_hr
+STATISTICS = 32  # a normalised row's, in the reserve
 
 
 class Sizes(NamedTuple):
@@ -89,8 +90,9 @@ _INNER = (
 class Cell:
     """One cell.
 
-    saved, row_scalars: what the kernels keep for backward, for each packed row and direction: values per
-    hidden unit, and values that stand once
+    saved: values per hidden unit that the kernels keep for backward, for each row and direction
+    saves_h: whether they keep h, too, where it is not the output
+    normalises: whether whole rows are normalised
     """
 
     name: str
@@ -101,7 +103,8 @@ class Cell:
     candidate: bool = True  # there is a candidate, which recurrent dropout may drop
     clips: bool = False  # there is a cell state that cell_clip may clip
     saved: int = 0
-    row_scalars: int = 0
+    saves_h: bool = False
+    normalises: bool = False
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -110,6 +113,11 @@ class Cell:
     @property
     def has_heads(self) -> bool:
         return self.base[1].shape is _per_head
+
+    def reserve_width(self, H: int, regularised: bool) -> int:
+        """Values that the kernels keep per row and direction (csrc/params.h)."""
+        saved = self.saved + (len(self.states) - 1 + self.saves_h if regularised else 0)
+        return saved * ((H + 15) // 16 * 16) + (STATISTICS if self.normalises else 0)
 
     def state_sizes(self, sizes: Sizes) -> tuple[int, ...]:
         return (sizes.P, *(sizes.H,) * (len(self.states) - 1))
@@ -120,33 +128,38 @@ _H, _HC = ("h",), ("h", "c")
 CELLS = {
     cell.name: cell
     for cell in (
-        Cell("rnn_tanh", 1, _H, candidate=False),
-        Cell("rnn_relu", 1, _H, candidate=False),
-        Cell("gru", 3, _H),
-        Cell("lstm", 4, _HC, base=_base(projects=True), clips=True),
+        Cell("rnn_tanh", 1, _H, candidate=False, saves_h=True),
+        Cell("rnn_relu", 1, _H, candidate=False, saves_h=True),
+        Cell("gru", 3, _H, saved=4),
+        Cell("lstm", 4, _HC, base=_base(projects=True), clips=True, saved=5),
         Cell(
             *("peephole_lstm", 4, _HC),
             own=(Parameter("weight_peep{}", lambda s: (3 * s.H,)),),
             clips=True,
+            saved=5,
         ),
-        Cell("cifg_lstm", 3, _HC, clips=True),
-        Cell("gru_reset_before", 3, _H),
-        Cell("mgu", 2, _H),
-        Cell("indrnn_tanh", 1, _H, base=_base(w_hh=_hidden), candidate=False),
-        Cell("indrnn_relu", 1, _H, base=_base(w_hh=_hidden), candidate=False),
-        Cell("nested_lstm", 4, ("h", "c", "d"), own=_INNER, clips=True),
-        Cell("nested_gru", 3, _H, own=_INNER),
-        Cell("slstm", 4, ("h", "c", "n", "m"), base=_base(w_hh=_per_head)),
+        Cell("cifg_lstm", 3, _HC, clips=True, saved=4),
+        Cell("gru_reset_before", 3, _H, saved=3),
+        Cell("mgu", 2, _H, saved=2),
+        Cell("indrnn_tanh", 1, _H, base=_base(w_hh=_hidden), candidate=False, saves_h=True),
+        Cell("indrnn_relu", 1, _H, base=_base(w_hh=_hidden), candidate=False, saves_h=True),
+        Cell("nested_lstm", 4, ("h", "c", "d"), own=_INNER, clips=True, saved=10),
+        Cell("nested_gru", 3, _H, own=_INNER, saved=8),
+        Cell("slstm", 4, ("h", "c", "n", "m"), base=_base(w_hh=_per_head), saved=8),
         Cell(
             *("layer_norm_lstm", 4, _HC),
             base=_base(one_bias=True),
             own=(*_norm("ln_i", _gates), *_norm("ln_h", _gates), *_norm("ln_c", _hidden)),
             clips=True,
+            saved=14,
+            normalises=True,
         ),
         Cell(
             *("layer_norm_gru", 3, _H),
             base=_base(one_bias=True),
             own=(*_norm("ln_i", _gates), *_norm("ln_h", _gates)),
+            saved=10,
+            normalises=True,
         ),
     )
 }

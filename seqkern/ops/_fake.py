@@ -5,6 +5,7 @@ The recurrent layers' schemas are in csrc/operators.h; without the compiled exte
 register for them. Attention's are in _attention.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,13 +74,15 @@ def lstm_backward(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, y, re
     return _dx(x, need_dx), _contiguous_like(h0), _contiguous_like(c0), _dparams(params, need_dparams)
 
 
-def recurrent_forward(cell, x, states, params, *options):
-    save = options[-1]
+def recurrent_forward(cell, x, states, params, lengths, batch_sizes, mask, h_scale, *scalars):
+    keep_h, keep_c, _, cell_clip, proj_clip, _, save = scalars
+    regularised = mask is not None or any((keep_h, keep_c)) or min(cell_clip, proj_clip) < math.inf
     spec = _cells.CELLS[cell]
-    D = states[0].shape[0]
+    heads = params[1].shape[0] if spec.has_heads else 1
+    parts = states[0].shape[0] * heads
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
-    width = D * (spec.saved * _padded(params[0].shape[0] // spec.gates) + spec.row_scalars)
-    reserve = x.new_empty((rows, width) if save else (0,))
+    width = parts * spec.reserve_width(params[0].shape[0] // spec.gates // heads, regularised)
+    reserve = x.new_empty((rows, width) if save and width else (0,))
     return _y(x, states[0]), [_contiguous_like(s) for s in states], reserve
 
 
