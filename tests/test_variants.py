@@ -106,6 +106,10 @@ def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
     rows = [row | dict(dtype=torch.float32) for row in pairwise(sizes)] + pairwise(options | small)
     if cell == "lstm":
         rows += [dict(P=5, H=17, T=7, B=8, dtype=torch.float32, options=(("proj_clip", 0.2),))]
+    for row in rows:
+        if cell.endswith("relu") and row["dtype"] is not torch.float64 and row.get("num_layers") == 2:
+            # Two units steer the second layer's ReLU (Case.steer), unless a mask keeps them from it.
+            row["num_layers"] = 2 if row["H"] > 1 and not row["options"] else 1
     return list(dict.fromkeys(Case(cell, **row) for row in rows))
 
 
