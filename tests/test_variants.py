@@ -7,9 +7,9 @@ import pytest
 import torch
 from cases import pairwise
 from compare import Results, agree, same_bits
-from conftest import has_cpu_kernel, why_no_cpu_backend
+from conftest import has_cpu_kernel, instruction_sets, why_no_cpu_backend
 from recurrent_cases import CELL_NAMES, PLAIN, Case, check_parity, evaluate_case
-from test_threads import TOLERANCE, instruction_set, instruction_sets, threads  # noqa: F401 (fixtures)
+from test_threads import TOLERANCE
 from torch import Tensor
 
 import seqkern
@@ -387,7 +387,7 @@ def test_hastes_layer_norm_and_zoneout(training: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_hastes_layer_norm_gru(training: bool, backend: str) -> None:
-    """haste's LayerNormGRU with zoneout: gates z, r, g, the recurrent bias inside the reset gate's product."""
+    """haste's LayerNormGRU with zoneout: gates z, r, g, a recurrent bias under the reset gate."""
     T, B, H, p = 5, 4, 6, 0.3
     case = Case("layer_norm_gru", T=T, B=B, H=H)
     tensors = case.tensors()
