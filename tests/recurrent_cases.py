@@ -97,7 +97,25 @@ class Case:
         for name, shape in self.parameter_shapes().items():
             numbers = normal(*shape) / max(self.H, 1) ** 0.5
             found[name] = 1 + 0.3 * normal(*shape) if name.startswith("gamma") else numbers
+        if self.cell.endswith("relu") and self.dtype is not torch.float64:
+            self.steer(found)
         return {name: tensor.to(self.dtype) for name, tensor in found.items()}
+
+    def steer(self, found: dict[str, Tensor]) -> None:
+        """Keeps a ReLU's pre-activations far from 0, where rounding would decide their sign and with it a
+        whole gradient: x[..., 0] is ±1 and decides, as in cases.steer."""
+        found["x"][..., 0] = found["x"][..., 0].sign() + (found["x"][..., 0] == 0)
+        if self.hx:
+            found["h0"].clamp_(0, 1)
+        for name in self.parameter_shapes():
+            weight, deep = found[name], int(name.rpartition(".")[2]) >= self.D
+            weight.clamp_(-2 / self.H**0.5, 2 / self.H**0.5).mul_(0.25)
+            if name.startswith("w_ih"):
+                sign = torch.where(torch.arange(self.H) % 3 == 0, 1.0, -1.0).double()
+                weight.mul_(min(1.0, (self.H / weight.shape[1]) ** 0.5))
+                weight[:, 0] = sign if deep else 2 * sign
+                if deep:
+                    weight[:, 1] = -sign
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that are there, "w_ih.0" being the first layer's and direction's."""

@@ -60,5 +60,6 @@ def layer_norm(y: Tensor, gamma: Tensor, beta: Tensor | None, eps: float) -> Ten
 
     Literally, because F.layer_norm computes y * rstd - mean * rstd, which cancels.
     """
-    variance, mean = torch.var_mean(y, dim=-1, correction=0, keepdim=True)
-    return add((y - mean) * torch.rsqrt(variance + eps) * gamma, beta)
+    centred = y - y.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return add(centred * torch.rsqrt(variance + eps) * gamma, beta)
