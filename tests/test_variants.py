@@ -108,8 +108,8 @@ def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
     if slow:
         small = sizes
     if CELLS[cell].normalises:
-        # A row of one unit's three or four gates has hardly a degree of freedom left once it is normalised, and
-        # rounding decides its gradient. The sizes above have H = 1 in float32.
+        # A row of one unit's three or four gates has hardly a degree of freedom left once it is normalised,
+        # and rounding decides its gradient. The sizes above have H = 1 in float32.
         small = small | dict(H=(2, *small["H"][1:]))
     rows = [row | dict(dtype=torch.float32) for row in pairwise(sizes)] + pairwise(options | small)
     if cell == "lstm":
