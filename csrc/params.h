@@ -111,6 +111,18 @@ struct BackwardParams : LayerParams {
   WeightGradients dweights[kMostDirections];  // [D]
 };
 
+// The random bits of a layer's Regularisers (seqkern/reference/masks.py): overwrites mask [rows, D,
+// H].
+struct MaskParams {
+  int64_t rows, D, H;
+  int threads;
+  int64_t seed;
+  const int64_t *t, *b;               // [rows]: a row's step, and its place in the batch
+  uint32_t threshold[3];              // of each bit, out of 65536; 0: never
+  int64_t first_stream, stream_step;  // of direction 0 and bit 0; from one direction to the next
+  uint8_t* mask;
+};
+
 // ---- attention ----------------------------------------------------------------------------------
 //
 // Letters: N query heads, Nk heads of keys and values, L queries, S keys, E head dim of q and k, Ev
@@ -175,6 +187,7 @@ struct KernelTable {
   void (*forward)(const ForwardParams&);
   size_t (*backward_scratch)(const BackwardParams&);  // bytes
   void (*backward)(const BackwardParams&);
+  void (*recurrent_mask)(const MaskParams&);
   size_t (*attention_forward_scratch)(const AttentionForwardParams&);
   void (*attention_forward)(const AttentionForwardParams&);
   size_t (*attention_backward_scratch)(const AttentionBackwardParams&);

@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "gate_gradients.h"
+#include "philox.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -170,6 +171,7 @@ const KernelTable& kernel_table() {
                                         forward,
                                         backward_scratch,
                                         backward,
+                                        recurrent_mask,
                                         attention_forward_scratch,
                                         attention_forward,
                                         attention_backward_scratch,

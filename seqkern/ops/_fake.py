@@ -92,6 +92,10 @@ def recurrent_backward(cell, dy, dfinals, x, states, params, *options):
     return _dx(x, need_dx), [_contiguous_like(s) for s in states], dparams if need_dparams else []
 
 
+def recurrent_mask(seed, probabilities, t, b, layer, D, H):
+    return seed.new_empty((*t.shape, D * H), dtype=torch.uint8)
+
+
 OPERATORS = (rnn_forward, gru_forward, lstm_forward, rnn_backward, gru_backward, lstm_backward)
 
 if WHY_NO_KERNELS is None:
@@ -100,6 +104,7 @@ if WHY_NO_KERNELS is None:
 if WHY_NO_RECURRENT is None:
     torch.library.register_fake("seqkern::recurrent_forward", recurrent_forward)
     torch.library.register_fake("seqkern::recurrent_backward", recurrent_backward)
+    torch.library.register_fake("seqkern::recurrent_mask", recurrent_mask)
 
 
 def attention_forward(*arguments):
