@@ -143,6 +143,9 @@ struct AttentionBackwardParams : AttentionParams {
   HeadTensor dq, dk, dv;      // as q, k, v
 };
 
+struct AdditiveForwardParams;  // additive_params.h
+struct AdditiveBackwardParams;
+
 // One instruction set's kernels.
 struct KernelTable {
   const char* name;
@@ -154,6 +157,10 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForwardParams&);
   size_t (*attention_backward_scratch)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
+  size_t (*additive_forward_scratch)(const AdditiveForwardParams&);
+  void (*additive_forward)(const AdditiveForwardParams&);
+  size_t (*additive_backward_scratch)(const AdditiveBackwardParams&);
+  void (*additive_backward)(const AdditiveBackwardParams&);
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

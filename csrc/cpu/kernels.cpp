@@ -17,6 +17,12 @@ void attention_forward(const AttentionForwardParams& p);
 size_t attention_backward_scratch(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
 
+// additive_attention_kernels.cpp
+size_t additive_forward_scratch(const AdditiveForwardParams& p);
+void additive_forward(const AdditiveForwardParams& p);
+size_t additive_backward_scratch(const AdditiveBackwardParams& p);
+void additive_backward(const AdditiveBackwardParams& p);
+
 namespace {
 
 template <class Pass, class Params>
@@ -190,6 +196,10 @@ const KernelTable& kernel_table() {
                                         attention_forward,
                                         attention_backward_scratch,
                                         attention_backward,
+                                        additive_forward_scratch,
+                                        additive_forward,
+                                        additive_backward_scratch,
+                                        additive_backward,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};

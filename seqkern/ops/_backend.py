@@ -1,9 +1,9 @@
 """Which backend computes an operation: one pure function over a table, and the caller's wish.
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
-cpu     recurrent layers: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
+cpu     recurrent layers, additive attention: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
 cuda    recurrent layers: the compiled kernels in csrc/cuda
-triton  attention: the kernels in seqkern.triton
+triton  attention, additive attention: the kernels in seqkern.triton
 """
 
 import importlib.util
@@ -21,6 +21,9 @@ BACKENDS = ("eager", "cpu", "cuda", "triton")
 COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})  # cpu and cuda
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 RECURRENT = frozenset({"rnn", "lstm", "gru"})
+BACKENDS_OF = dict.fromkeys(RECURRENT, ("cpu", "cuda")) | dict.fromkeys(
+    ("attention", "additive_attention"), ("cpu", "triton")
+)  # besides eager
 MAX_HEAD_DIM = 256  # of the Triton kernels
 MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
 
@@ -183,9 +186,9 @@ def refusal(
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
     if backend == "eager":
         return None
-    if backend not in {"attention": ("cpu", "triton")}.get(op, ("cpu", "cuda") if op in RECURRENT else ()):
+    if backend not in BACKENDS_OF.get(op, ()):
         return f"{backend} has no kernel for {op}"
-    if missing is not None and op in RECURRENT:
+    if missing is not None and (op in RECURRENT or (op == "additive_attention" and backend == "cpu")):
         return f"{backend} needs the compiled extension: {missing}"
     if missing is not None and backend == "triton":
         return f"triton: {missing}"
@@ -228,13 +231,13 @@ def choose(
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru", "attention"
+        op: "rnn", "lstm", "gru", "attention", "additive_attention"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent
         wish: the backend the caller named, None for a free choice
         missing: why the kernels are not there, None if they are: a recurrent layer's compiled ones,
-            attention's Triton ones
+            attention's Triton ones, additive attention's that its device takes
         no_cuda: why a recurrent layer's CUDA kernels cannot run on this device, None if they can
         head_dim: the larger of attention's two
         interpreted: Triton's kernels run in its interpreter, on any device; for tests, never chosen freely

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkern.ops import _attention
+from seqkern.ops import _additive, _attention  # noqa: F401  (defines the operators)
 from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
 from seqkern.ops._backend import WHY_NO_KERNELS
 
@@ -112,3 +112,22 @@ def attention_backward(dout, dlse, dweights, weights, out, lse, *rest):
 
 torch.library.register_fake("seqkern::attention_forward", attention_forward)
 torch.library.register_fake("seqkern::attention_backward", attention_backward)
+
+
+def additive_attention_forward(query, key, v, value, key_valid, lengths):
+    B, L, _ = query.shape
+    weights_dtype = _attention.accumulator(query.dtype)
+    return query.new_empty((B, L, value.shape[-1])), query.new_empty((B, L, key.shape[1]), dtype=weights_dtype)
+
+
+def additive_attention_backward(
+    dcontext, dweights, query, key, v, value, key_valid, lengths, weights, *needed
+):
+    return tuple(
+        _contiguous_like(t) if need else t.new_empty((0,))
+        for t, need in zip((query, key, v, value), needed, strict=True)
+    )
+
+
+torch.library.register_fake("seqkern::additive_attention_forward", additive_attention_forward)
+torch.library.register_fake("seqkern::additive_attention_backward", additive_attention_backward)

@@ -88,7 +88,7 @@ def scaled_dot_product_attention(
             backend=backend,
         )
     if _layers.autocast_active(query):
-        dtype = _autocast_dtype(query)
+        dtype = autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v, lead = _as_4d(query, key, value, enable_gqa)
     B, _, L, _ = q.shape
@@ -152,14 +152,14 @@ def varlen_attention(
         ValueError: wrong cu_seqlens, window or causal_alignment; no such backend
     """
     if _layers.autocast_active(query):
-        dtype = _autocast_dtype(query)
+        dtype = autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
         raise RuntimeError(
             f"query, key, value: expected [Tq, N, E], [Tk, Nk, E], [Tk, Nk, Ev], got {tuple(query.shape)}, "
             f"{tuple(key.shape)}, {tuple(value.shape)}"
         )
-    _check_alike(query, key, value)
+    check_alike(query, key, value)
     _check_sizes(query, key, value, heads=1, keys=0, enable_gqa=enable_gqa)
     shared = cu_seqlens_k is None
     if shared:
@@ -335,7 +335,7 @@ def _as_4d(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """q [B, N, L, E], k, v, and the dims before L of the result."""
-    _check_alike(query, key, value)
+    check_alike(query, key, value)
     dims = (query.dim(), key.dim(), value.dim())
     if min(dims) < 2 or len(set(dims)) > 1:
         raise RuntimeError(
@@ -372,7 +372,7 @@ def _as_4d(
     return query, key, value, out_lead
 
 
-def _check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("key", key), ("value", value)):
         if x.dtype is not query.dtype:
             raise RuntimeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
@@ -560,7 +560,7 @@ def new_seed(dropout_p: float, q: Tensor) -> Tensor | None:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 

@@ -5,9 +5,10 @@ Every dtype, differentiable any number of times, right under torch.func; slow. T
 these functions in float64, and double backward differentiates them.
 """
 
+from seqkern.reference.additive_attention import additive_attention
 from seqkern.reference.attention import attention
 from seqkern.reference.gru import gru_layer
 from seqkern.reference.lstm import lstm_layer
 from seqkern.reference.rnn import rnn_layer
 
-__all__ = ["attention", "gru_layer", "lstm_layer", "rnn_layer"]
+__all__ = ["additive_attention", "attention", "gru_layer", "lstm_layer", "rnn_layer"]
