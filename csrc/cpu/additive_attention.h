@@ -5,13 +5,15 @@
 //   dq_lh = v_h sum over s of dS_ls (1 - tanh^2)       dk_sh = v_h sum over l of the same
 //   dv_h = sum over l, s of dS_ls tanh                 dvalue = P' dcontext
 //
-// The tanh of a sum from what is computed once a query and once a key: with m(x) = exp(2x) - 1,
+// The tanh of a sum comes from what is computed once a query and once a key: with m(x) = exp(x) -
+// 1, and z the sign of k,
 //
-//   n = m(q) exp(2k) + m(k) = exp(2(q + k)) - 1        tanh(q + k) = n / (n + 2)
+//   n = m(-2zq) exp(-2|k|) + m(-2|k|) = exp(-2z(q + k)) - 1        tanh(q + k) = -z n / (n + 2)
 //
 // which costs a multiply-add, an addition and a division, and is as accurate as q + k itself, near
-// zero too. It wants |q| and |k| up to kRange, lest the product overflow; where one is beyond, or
-// NaN, the tanh is computed as such (`exact`), and always in double.
+// zero too: m(2q) exp(2k) + m(2k), without z, loses digits where k is large and q nearly -k. It
+// wants |q| and |k| up to kRange; where one is beyond, or NaN, and always in double, the tanh is
+// computed as such (`exact`).
 //
 // Forward keeps 4 x 4 scores in registers over all of H. Backward works on one vector of h at a
 // time, whose packed keys and dk stay in L1; so its threads share the sequences and the stretches
@@ -33,7 +35,7 @@ struct AdditivePass {
   using V = Vec<C>;
   static constexpr int L = kLanes<C>;
   static constexpr bool kDouble = __is_same(C, double);
-  static constexpr float kRange = 20;  // exp(2 * 2 * kRange) is far from overflow
+  static constexpr float kRange = 42;  // exp(2 * kRange) is no overflow, its inverse is normal
   static constexpr int kQueries = 4;   // of a tile
   static constexpr int kKeys = kVecRegisters == 32 ? 4 : 2;
   static constexpr int64_t kBlock = 64;       // queries of an item of work
@@ -65,13 +67,12 @@ struct AdditivePass {
 
   // ---- exponentials and tanh --------------------------------------------------------------------
 
-  // e = exp(2x), m = exp(2x) - 1, each to about an ulp, for |x| <= kRange. See exp_minus_abs.
+  // e = exp(x), m = exp(x) - 1, each to about an ulp, for |x| <= 2 kRange. See exp_minus_abs.
   static SEQKERN_INLINE void exponentials(VecF x, VecF& e, VecF& m) {
-    const VecF y = x + x;
     const VecF magic = VecF{} + 12582912.0f;
-    const VecF shifted = y * 1.44269504088896341f + magic;
+    const VecF shifted = x * 1.44269504088896341f + magic;
     const VecF n = shifted - magic;
-    VecF r = y - n * 0.693359375f;
+    VecF r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -95,51 +96,82 @@ struct AdditivePass {
 #endif
   }
 
-  // What a query and a key are packed to: m(q); exp(2k) and m(k). If exact, and in double, they
-  // stay as they are, and the third is anything.
+  // A vector of a query as it is packed: m(-2q), m(2q); if exact q, and nothing. And of a key:
+  // exp(-2|k|) with k's sign, m(-2|k|); if exact k, and nothing.
+  static constexpr uint32_t kSign = 0x80000000u;
   template <bool exact>
-  static SEQKERN_INLINE V tanh_of(V q, V e, V m) {
-    if constexpr (exact || kDouble) {
-      return Math<C>::tanh(q + e);
-    } else {
-      const V n = q * e + m;
-      return quotient(n, n + 2.0f);
+  struct Query {
+    V above{}, below{};  // for keys above 0 and below
+    explicit SEQKERN_INLINE Query(const C* packed) : above(load(packed)) {
+      if constexpr (!exact) below = load(packed + L);
     }
-  }
-  // A vector of a query; says whether all lanes are as tanh_of wants them.
+  };
   template <bool exact>
-  static SEQKERN_INLINE bool pack_query(V q, C* packed) {
-    if constexpr (exact || kDouble) {
+  struct Key {
+    V e{}, m{};
+    VecI below{};  // is k below 0?
+    VecU flip{};   // the sign bit of -z
+    explicit SEQKERN_INLINE Key(const C* packed) : e(load(packed)) {
+      if constexpr (!exact) {
+        m = load(packed + L);
+        below = (VecI)e < 0;
+        flip = ((VecU)e & kSign) ^ kSign;
+        e = (V)((VecU)e & ~kSign);
+      }
+    }
+    // tanh(q + k), or -z times that.
+    SEQKERN_INLINE V tanh(const Query<exact>& q) const {
+      if constexpr (exact) {
+        return Math<C>::tanh(q.above + e);
+      } else {
+        const V n = (below ? q.below : q.above) * e + m;
+        return quotient(n, n + 2.0f);
+      }
+    }
+    // -z x: what is to be multiplied with such a tanh, or was summed of them.
+    SEQKERN_INLINE V turned(V x) const {
+      if constexpr (exact)
+        return x;
+      else
+        return (V)((VecU)x ^ flip);
+    }
+  };
+
+  // Each packs one vector, in the place of two, and adds to `beyond` the lanes that only the exact
+  // tanh serves.
+  template <bool exact>
+  static SEQKERN_INLINE void pack_query(V q, C* packed, VecI& beyond) {
+    if constexpr (exact) {
       store(packed, q);
-      return true;
     } else {
-      V e, m;
-      exponentials(q, e, m);
-      store(packed, m);
-      return within_range(q);
+      V e, above, below;
+      exponentials(-2 * q, e, above);
+      exponentials(2 * q, e, below);
+      store(packed, above);
+      store(packed + L, below);
+      beyond |= out_of_range(q);
     }
   }
-  // A vector of a key, in the place of two.
   template <bool exact>
-  static SEQKERN_INLINE bool pack_key(V k, C* packed) {
-    if constexpr (exact || kDouble) {
+  static SEQKERN_INLINE void pack_key(V k, C* packed, VecI& beyond) {
+    if constexpr (exact) {
       store(packed, k);
-      return true;
     } else {
       V e, m;
-      exponentials(k, e, m);
-      store(packed, e);
+      exponentials(-2 * (V)((VecU)k & ~kSign), e, m);
+      store(packed, (V)((VecU)e | ((VecU)k & kSign)));
       store(packed + L, m);
-      return within_range(k);
+      beyond |= out_of_range(k);
     }
   }
-  static SEQKERN_INLINE bool within_range(VecF x) {
+  static SEQKERN_INLINE VecI out_of_range(VecF x) {
     const VecF a = (VecF)((VecU)x & 0x7fffffffu);
-    const VecI in = a <= kRange;
-    int32_t all = -1;
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++) all &= in[i];
-    return all != 0;
+    return a <= kRange ? VecI{} : VecI{} - 1;  // NaN is out
+  }
+  static bool none(VecI beyond) {
+    int32_t any = 0;
+    for (int i = 0; i < kLanes<float>; i++) any |= beyond[i];
+    return any == 0;
   }
 
   // f(first value, how many are left) for each vector of a row of n values.
@@ -148,29 +180,29 @@ struct AdditivePass {
     for (int64_t i = 0; i < n; i += L) f(i, n - i);
   }
 
-  // Queries l0 … l0+n of a sequence: packed[n][Hp].
+  // Queries l0 … l0+n of a sequence: packed[n][Hp / L][2][L]. Are all within range?
   template <bool exact>
   bool pack_queries(int64_t b, int64_t l0, int64_t n, C* packed) const {
-    bool within = true;
+    VecI beyond{};
     for (int64_t i = 0; i < n; i++) {
       const S* row = row_of(p.q, b, l0 + i);
       vectors(p.H, [&](int64_t h, int64_t left) {
-        within &= pack_query<exact>(load_first(row + h, left), packed + i * Hp + h);
+        pack_query<exact>(load_first(row + h, left), packed + i * 2 * Hp + 2 * h, beyond);
       });
     }
-    return within;
+    return none(beyond);
   }
-  // The valid keys of a sequence: packed[keys][Hp / L][2][L].
+  // The valid keys of a sequence: packed[keys][Hp / L][2][L]. Are all within range?
   template <bool exact>
   bool pack_keys(int64_t b, C* packed) const {
-    bool within = true;
+    VecI beyond{};
     for (int64_t j = 0; j < keys_of(b); j++) {
       const S* row = row_of(p.k, b, key_of(b, j));
       vectors(p.H, [&](int64_t h, int64_t left) {
-        within &= pack_key<exact>(load_first(row + h, left), packed + j * 2 * Hp + 2 * h);
+        pack_key<exact>(load_first(row + h, left), packed + j * 2 * Hp + 2 * h, beyond);
       });
     }
-    return within;
+    return none(beyond);
   }
   // v padded with zeros to Hp.
   void pack_v(C* packed) const {
@@ -187,16 +219,13 @@ struct AdditivePass {
     V sums[nq][nk] = {};
     for (int64_t h = 0; h < Hp; h += L) {
       const V v_h = load(v + h);
-      V q_h[nq];
-#pragma GCC unroll 4
-      for (int i = 0; i < nq; i++) q_h[i] = load(q + i * Hp + h);
 #pragma GCC unroll 4
       for (int j = 0; j < nk; j++) {
-        const C* key = k + j * 2 * Hp + 2 * h;
-        const V e = load(key);
-        const V m = exact ? V{} : load(key + L);
+        const Key<exact> key(k + j * 2 * Hp + 2 * h);
+        const V v_j = key.turned(v_h);
 #pragma GCC unroll 4
-        for (int i = 0; i < nq; i++) sums[i][j] += v_h * tanh_of<exact>(q_h[i], e, m);
+        for (int i = 0; i < nq; i++)
+          sums[i][j] += v_j * key.tanh(Query<exact>(q + i * 2 * Hp + 2 * h));
       }
     }
 #pragma GCC unroll 4
@@ -216,8 +245,8 @@ struct AdditivePass {
               int64_t ld) const {
     int64_t i = 0;
     for (; i + kQueries <= queries; i += kQueries)
-      score_rows<exact, kQueries>(q + i * Hp, k, v, keys, score + i * ld, ld);
-    for (; i < queries; i++) score_rows<exact, 1>(q + i * Hp, k, v, keys, score + i * ld, ld);
+      score_rows<exact, kQueries>(q + i * 2 * Hp, k, v, keys, score + i * ld, ld);
+    for (; i < queries; i++) score_rows<exact, 1>(q + i * 2 * Hp, k, v, keys, score + i * ld, ld);
   }
 
   // score[n] becomes its softmax.
@@ -263,7 +292,7 @@ struct AdditivePass {
         x[i] = nv == 1 ? load_first(term[t] + d, left) : load(term[t] + d + i * L);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
-        const V f = V{} + factor[t * of_term + r * of_row];
+        const C f = factor[t * of_term + r * of_row];
 #pragma GCC unroll 4
         for (int i = 0; i < nv; i++) sums[r][i] += f * x[i];
       }
@@ -350,7 +379,7 @@ struct AdditiveForward : AdditivePass<S> {
 
     static Local carve(Scratch& scratch, const AdditiveParams& p, int64_t Hp) {
       Local made{};
-      made.q = scratch.take<C>(kBlock * Hp);
+      made.q = scratch.take<C>(kBlock * 2 * Hp);
       made.k = scratch.take<C>(p.S * 2 * Hp);
       made.v = scratch.take<C>(Hp);
       made.score = scratch.take<C>(kBlock * p.S);
@@ -387,9 +416,12 @@ struct AdditiveForward : AdditivePass<S> {
     const int64_t queries = p.L - l0 < kBlock ? p.L - l0 : kBlock;
     const int64_t keys = this->keys_of(b);
     C* score = own.score;
-    if (keys_within(own, b) && this->template pack_queries<false>(b, l0, queries, own.q)) {
-      this->template scores<false>(own.q, own.k, own.v, queries, keys, score, p.S);
-    } else {
+    bool within = false;
+    if constexpr (!Pass::kDouble) {
+      within = keys_within(own, b) && this->template pack_queries<false>(b, l0, queries, own.q);
+      if (within) this->template scores<false>(own.q, own.k, own.v, queries, keys, score, p.S);
+    }
+    if (!within) {
       this->template pack_keys<true>(b, own.k);
       this->template pack_queries<true>(b, l0, queries, own.q);
       this->template scores<true>(own.q, own.k, own.v, queries, keys, score, p.S);
@@ -434,7 +466,7 @@ struct AdditiveBackward : AdditivePass<S> {
 
     static Local carve(Scratch& scratch, const AdditiveParams& p) {
       Local made{};
-      made.q = scratch.take<C>(p.L * L);
+      made.q = scratch.take<C>(p.L * 2 * L);
       made.k = scratch.take<C>(p.S * 2 * L);
       made.dk = scratch.take<C>(p.S * L);
       made.w = scratch.take<C>(kBlock * p.S);
@@ -525,12 +557,18 @@ struct AdditiveBackward : AdditivePass<S> {
   // dq, dk and this sequence's share of dv, for the values h … h + L.
   void vector_of_h(const Local& own, int64_t b, int64_t h, const C* ds, C* dv) const {
     const int64_t keys = this->keys_of(b), left = p.H - h;
-    const bool within = pack<false>(own, b, h);
-    if (!within) pack<true>(own, b, h);
     memset(own.dk, 0, size_t(keys * L) * sizeof(C));
     const V v = load_first((const S*)p.v + h, left);
-    const V dv_h = within ? all_queries<false>(own, b, h, keys, v, ds)
-                          : all_queries<true>(own, b, h, keys, v, ds);
+    V dv_h{};
+    bool within = false;
+    if constexpr (!Pass::kDouble) {
+      within = pack<false>(own, b, h);
+      if (within) dv_h = all_queries<false>(own, b, h, keys, v, ds);
+    }
+    if (!within) {
+      pack<true>(own, b, h);
+      dv_h = all_queries<true>(own, b, h, keys, v, ds);
+    }
     store(dv + b * Hp + h, dv_h);
     if (g.dk)
       for (int64_t j = 0; j < keys; j++)
@@ -543,14 +581,14 @@ struct AdditiveBackward : AdditivePass<S> {
   template <bool exact>
   bool pack(const Local& own, int64_t b, int64_t h) const {
     const int64_t left = p.H - h;
-    bool within = true;
+    VecI beyond{};
     for (int64_t i = 0; i < p.L; i++)
-      within &= this->template pack_query<exact>(load_first(this->row_of(p.q, b, i) + h, left),
-                                                 own.q + i * L);
+      this->template pack_query<exact>(load_first(this->row_of(p.q, b, i) + h, left),
+                                       own.q + i * 2 * L, beyond);
     for (int64_t j = 0; j < this->keys_of(b); j++)
-      within &= this->template pack_key<exact>(
-          load_first(this->row_of(p.k, b, this->key_of(b, j)) + h, left), own.k + j * 2 * L);
-    return within;
+      this->template pack_key<exact>(load_first(this->row_of(p.k, b, this->key_of(b, j)) + h, left),
+                                     own.k + j * 2 * L, beyond);
+    return this->none(beyond);
   }
 
   template <bool exact>
@@ -567,30 +605,31 @@ struct AdditiveBackward : AdditivePass<S> {
   template <bool exact, int n>
   SEQKERN_INLINE V few_queries(const Local& own, int64_t b, int64_t l0, int64_t h, int64_t keys,
                                V v, const C* ds) const {
+    using Query = typename Pass::template Query<exact>;
+    using Key = typename Pass::template Key<exact>;
     const C* ds_0 = ds + (b * p.L + l0) * p.S;
-    V q[n], dq[n] = {}, dv_all{};
-#pragma GCC unroll 4
-    for (int i = 0; i < n; i++) q[i] = load(own.q + (l0 + i) * L);
+    V dq[n] = {}, dv_all{};
     for (int64_t j0 = 0; j0 < keys; j0 += kRound) {
       const int64_t end = j0 + kRound < keys ? j0 + kRound : keys;
-      V sums[n] = {}, dv[n] = {};
+      V sums[n] = {}, dv{};
       for (int64_t j = j0; j < end; j++) {
-        const V e = load(own.k + j * 2 * L);
-        const V m = exact ? V{} : load(own.k + j * 2 * L + L);
-        V dk = load(own.dk + j * L);
+        const Key key(own.k + j * 2 * L);
+        V dk = load(own.dk + j * L), dv_j{};
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
-          const V d = V{} + ds_0[i * p.S + j];
-          const V t = this->template tanh_of<exact>(q[i], e, m);
+          const C d = ds_0[i * p.S + j];
+          const V t = key.tanh(Query(own.q + (l0 + i) * 2 * L));
           const V slope = 1 - t * t;
-          dv[i] += d * t;
+          dv_j += d * t;
           sums[i] += d * slope;
           dk += d * slope;
         }
+        dv += key.turned(dv_j);
         store(own.dk + j * L, dk);
       }
+      dv_all += dv;
 #pragma GCC unroll 4
-      for (int i = 0; i < n; i++) dq[i] += sums[i], dv_all += dv[i];
+      for (int i = 0; i < n; i++) dq[i] += sums[i];
     }
     if (g.dq)
 #pragma GCC unroll 4

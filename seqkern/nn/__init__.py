@@ -2,6 +2,13 @@
 
 from seqkern.nn.attention import MultiHeadAttention, MultiheadAttention
 from seqkern.nn.cache import KeyValueCache
+from seqkern.nn.encoder_decoder import (
+    AdditiveAttention,
+    AttentionPooling,
+    DotProductAttention,
+    LuongAttention,
+    ProjectedKeys,
+)
 from seqkern.nn.gru import GRU, GRUCell
 from seqkern.nn.lstm import LSTM, LSTMCell
 from seqkern.nn.rnn import RNN, RNNCell
@@ -19,12 +26,17 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "AttentionPooling",
     "DecoderLayerCache",
+    "DotProductAttention",
     "GRUCell",
     "KeyValueCache",
     "LSTMCell",
+    "LuongAttention",
     "MultiHeadAttention",
     "MultiheadAttention",
+    "ProjectedKeys",
     "RNNCell",
     "Transformer",
     "TransformerCache",

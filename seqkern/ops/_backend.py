@@ -1,7 +1,8 @@
 """Which backend computes an operation: one pure function over a table, and the caller's wish.
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
-cpu     recurrent layers, additive attention: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
+cpu     recurrent layers and additive attention: the compiled kernels in csrc/cpu; attention:
+        seqkern.ops.attention_cpu
 cuda    recurrent layers: the compiled kernels in csrc/cuda
 triton  attention, additive attention: the kernels in seqkern.triton
 """

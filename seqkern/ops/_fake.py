@@ -117,7 +117,9 @@ torch.library.register_fake("seqkern::attention_backward", attention_backward)
 def additive_attention_forward(query, key, v, value, key_valid, lengths):
     B, L, _ = query.shape
     weights_dtype = _attention.accumulator(query.dtype)
-    return query.new_empty((B, L, value.shape[-1])), query.new_empty((B, L, key.shape[1]), dtype=weights_dtype)
+    return query.new_empty((B, L, value.shape[-1])), query.new_empty(
+        (B, L, key.shape[1]), dtype=weights_dtype
+    )
 
 
 def additive_attention_backward(

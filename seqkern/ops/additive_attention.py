@@ -38,7 +38,8 @@ def additive_attention(
         RuntimeError: shapes, dtypes or devices that do not fit; a named backend cannot serve the request
         ValueError: a wrong padding mask or lengths; no such backend
     Source:
-        Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2015
+        Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate",
+        2015
     """
     if _layers.autocast_active(query):
         dtype = autocast_dtype(query)
@@ -81,7 +82,11 @@ def choose_backend(tensors: tuple[Tensor, ...], backend: str | None) -> str:
 def _check(query: Tensor, key: Tensor, v: Tensor, value: Tensor) -> None:
     if not query.dtype.is_floating_point:
         raise RuntimeError(f"query: expected a floating dtype, got {query.dtype}")
-    for name, x, letters in (("query", query, "[B, L, H]"), ("key", key, "[B, S, H]"), ("value", value, "[B, S, D]")):
+    for name, x, letters in (
+        ("query", query, "[B, L, H]"),
+        ("key", key, "[B, S, H]"),
+        ("value", value, "[B, S, D]"),
+    ):
         if x.dim() != 3:
             raise RuntimeError(f"{name}: expected {letters}, got {tuple(x.shape)}")
     B, _, H = query.shape

@@ -493,6 +493,22 @@ def checked_lengths(
     return _layers.check_lengths(lengths, size, B, device, name)
 
 
+def without_padding(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """x [B, S, K] with zeros in its padded rows, if they hold NaN or infinities: they are to be multiplied
+    with weights, whose gradient would become NaN. On a CPU finite rows are left alone.
+
+    Raises:   ValueError: a wrong padding mask or lengths
+    """
+    B, S, _ = x.shape
+    valid = valid_mask("key_padding_mask", key_padding_mask, B, S, x.device)
+    lengths = checked_lengths("lengths", lengths, "key_padding_mask", key_padding_mask, B, S, x.device)
+    if lengths is not None:
+        valid = _attention.valid_from_lengths(lengths, S)
+    if valid is None or (_attention.can_look(x) and bool(torch.isfinite(x.detach().sum()))):
+        return x
+    return torch.where(valid.unsqueeze(-1), x, 0)
+
+
 def check_cu(name: str, cu: Tensor, x: Tensor, longest: int | None, longest_name: str) -> int:
     """The longest sequence's length, of x: [T, ...]."""
     if cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or cu.numel() < 1:

@@ -1,4 +1,4 @@
-"""Dot-product attention that hands out its weights, soft or hard, on scaled dot-product attention's kernels."""
+"""Dot-product attention and its weights, soft or hard, on scaled dot-product attention's kernels."""
 
 import torch
 from torch import Tensor
