@@ -481,7 +481,7 @@ def test_operator_refuses_lengths_out_of_range(cpu_backend):
 
 
 def test_a_named_backend_runs_or_says_why(monkeypatch):
-    with pytest.raises(RuntimeError, match="triton needs tensors on a CUDA device|Triton is not installed"):
+    with pytest.raises(RuntimeError, match=r"triton needs tensors on a CUDA device|Triton is not installed"):
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         additive_attention(**arguments(backend="triton"))
     monkeypatch.setattr(seqkern.ops._backend, "WHY_NO_KERNELS", "left out")
