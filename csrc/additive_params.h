@@ -32,12 +32,42 @@ struct AdditiveForwardParams : AdditiveParams {
 
 // Overwrites dq and dv, and dk and dvalue at valid keys. Null: not wanted.
 struct AdditiveBackwardParams : AdditiveParams {
+  const void* ds;        // [B, L, S] gradient of the scores, of valid keys; null: not known yet
   BatchRows dcontext;    // rows of D; absent: zero
   const void* dweights;  // as weights; null: zero
   void* dq;              // [B, L, H]
   void* dk;              // [B, S, H]
   void* dv;              // [H]
   void* dvalue;          // [B, S, D]
+};
+
+// One query of each sequence, the t-th of L, with keys packed once for all of them. A kernel
+// computes forward where context is given, backward where dq is.
+struct AdditiveStepParams : AdditiveParams {
+  void* packed;     // [B, S, 2, H rounded up to kPackedMultiple], float (double for f64)
+  uint8_t* within;  // [B] how each sequence is packed
+  int64_t t;
+  BatchRows context;     // rows of D
+  BatchRows dcontext;    // rows of D
+  const void* dweights;  // as weights; null: zero
+  void* ds;              // as weights, of valid keys
+  BatchRows dq;          // rows of H
+};
+
+constexpr int64_t kPackedMultiple = 16;
+
+// One step of an LSTM or a GRU whose products are made. Rows of a gates tensor: PyTorch's order.
+struct GatesParams {
+  CellKind cell;
+  Dtype dtype;  // f32 or f64
+  int64_t B, H;
+  int threads;
+  BatchRows of_input, of_hidden;  // [B, 1, G*H] W_ih x + b_ih, W_hh h + b_hh; or their gradients
+  const void *h_prev, *c_prev;    // [B, H]; c: LSTM only
+  void *h, *c;                    // [B, H]: overwritten; backward: h is read, c is not looked at
+  void* saved;                    // [B, kSaved, H]
+  const void* dh;                 // [B, H]: backward
+  void *dc, *dh_prev;  // [B, H]: dc of c in, of c_prev out; dh_prev: past W_hh, overwritten
 };
 
 }  // namespace seqkern

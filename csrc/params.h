@@ -145,6 +145,8 @@ struct AttentionBackwardParams : AttentionParams {
 
 struct AdditiveForwardParams;  // additive_params.h
 struct AdditiveBackwardParams;
+struct AdditiveStepParams;
+struct GatesParams;
 
 // One instruction set's kernels.
 struct KernelTable {
@@ -161,6 +163,11 @@ struct KernelTable {
   void (*additive_forward)(const AdditiveForwardParams&);
   size_t (*additive_backward_scratch)(const AdditiveBackwardParams&);
   void (*additive_backward)(const AdditiveBackwardParams&);
+  size_t (*additive_step_scratch)(const AdditiveStepParams&);
+  void (*additive_step_pack)(const AdditiveStepParams&);  // wants no scratch
+  void (*additive_step)(const AdditiveStepParams&);
+  void (*gates_forward)(const GatesParams&);
+  void (*gates_backward)(const GatesParams&);
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

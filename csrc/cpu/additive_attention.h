@@ -276,6 +276,18 @@ struct AdditivePass {
     }
   }
 
+  // ds[n] = w (dw - sum of w dw); dw may be ds.
+  static void softmax_backward(const C* w, const C* dw, int64_t n, C* ds) {
+    V shares{};
+    vectors(n, [&](int64_t j, int64_t left) {
+      shares += load_first(w + j, left) * load_first(dw + j, left);
+    });
+    const C share = sum(shares);
+    vectors(n, [&](int64_t j, int64_t left) {
+      store_first(ds + j, load_first(w + j, left) * (load_first(dw + j, left) - share), left);
+    });
+  }
+
   // ---- the products with the values -------------------------------------------------------------
 
   // Rows of `out` (columns d0 … d0+columns) = sum over the terms t < n of
@@ -357,7 +369,16 @@ struct AdditivePass {
   void key_pointers(const BatchRows& rows, int64_t b, const S** pointer) const {
     for (int64_t j = 0; j < keys_of(b); j++) pointer[j] = row_of(rows, b, key_of(b, j));
   }
-  C* weights_of(int64_t b, int64_t l) const { return (C*)p.weights + (b * p.L + l) * p.S; }
+  // Weights of valid keys to their places, zeros elsewhere; and back.
+  void scatter_weights(const C* compact, int64_t b, int64_t l) const {
+    C* weights = (C*)p.weights + (b * p.L + l) * p.S;
+    if (keys_of(b) < p.S) memset(weights, 0, size_t(p.S) * sizeof(C));
+    for (int64_t j = 0; j < keys_of(b); j++) weights[key_of(b, j)] = compact[j];
+  }
+  void gather_weights(const void* weights, int64_t b, int64_t l, C* compact) const {
+    const C* row = (const C*)weights + (b * p.L + l) * p.S;
+    for (int64_t j = 0; j < keys_of(b); j++) compact[j] = row[key_of(b, j)];
+  }
 
   const AdditiveParams& p;
   const int64_t Hp;
@@ -429,11 +450,8 @@ struct AdditiveForward : AdditivePass<S> {
     }
     this->key_pointers(p.value, b, own.value);
     for (int64_t i = 0; i < queries; i++) {
-      C* row = score + i * p.S;
-      C* weights = this->weights_of(b, l0 + i);
-      this->softmax(row, keys);
-      if (keys < p.S) memset(weights, 0, size_t(p.S) * sizeof(C));
-      for (int64_t j = 0; j < keys; j++) weights[this->key_of(b, j)] = row[j];
+      this->softmax(score + i * p.S, keys);
+      this->scatter_weights(score + i * p.S, b, l0 + i);
     }
     this->combine(score, 1, p.S, own.value, keys, queries, 0, p.D,
                   [&](int64_t i) { return (S*)f.context + (b * p.L + l0 + i) * p.D; });
@@ -485,7 +503,7 @@ struct AdditiveBackward : AdditivePass<S> {
     Scratch scratch{nullptr};
     scratch.take<Local>(p.threads);
     for (int t = 0; t < p.threads; t++) Local::carve(scratch, p);
-    scratch.take<C>(p.B * p.L * p.S);
+    if (!g.ds) scratch.take<C>(p.B * p.L * p.S);
     scratch.take<C>(p.B * Hp);
     return scratch.used;
   }
@@ -494,10 +512,10 @@ struct AdditiveBackward : AdditivePass<S> {
     Scratch scratch{(char*)p.scratch};
     Local* locals = scratch.take<Local>(p.threads);
     for (int t = 0; t < p.threads; t++) locals[t] = Local::carve(scratch, p);
-    C* ds = scratch.take<C>(p.B * p.L * p.S);  // of valid keys
-    C* dv = scratch.take<C>(p.B * Hp);         // each sequence's share
+    C* ds = g.ds ? (C*)g.ds : scratch.take<C>(p.B * p.L * p.S);  // of valid keys
+    C* dv = scratch.take<C>(p.B * Hp);                           // each sequence's share
     if (any_scores()) {
-      const int64_t blocks = ceil_div(p.L, kBlock);
+      const int64_t blocks = g.ds ? 0 : ceil_div(p.L, kBlock);
       this->share(p.B * blocks, [&](int thread, int64_t i) {
         softmax_block(locals[thread], i / blocks, i % blocks * kBlock, ds);
       });
@@ -523,13 +541,11 @@ struct AdditiveBackward : AdditivePass<S> {
     const int64_t queries = p.L - l0 < kBlock ? p.L - l0 : kBlock;
     const int64_t keys = this->keys_of(b);
     for (int64_t i = 0; i < queries; i++) {
-      const C* weights = this->weights_of(b, l0 + i);
-      const C* dweights = g.dweights ? (const C*)g.dweights + (b * p.L + l0 + i) * p.S : nullptr;
-      for (int64_t j = 0; j < keys; j++) {
-        const int64_t s = this->key_of(b, j);
-        own.w[i * p.S + j] = weights[s];
-        own.dw[i * p.S + j] = dweights ? dweights[s] : 0;
-      }
+      this->gather_weights(p.weights, b, l0 + i, own.w + i * p.S);
+      if (g.dweights)
+        this->gather_weights(g.dweights, b, l0 + i, own.dw + i * p.S);
+      else
+        memset(own.dw + i * p.S, 0, size_t(keys) * sizeof(C));
     }
     if (g.dcontext.data) {
       this->key_pointers(p.value, b, own.value);
@@ -543,14 +559,7 @@ struct AdditiveBackward : AdditivePass<S> {
     for (int64_t i = 0; i < queries; i++) {
       const C *w = own.w + i * p.S, *dw = own.dw + i * p.S;
       C* out = ds + (b * p.L + l0 + i) * p.S;
-      V shares{};
-      this->vectors(keys, [&](int64_t j, int64_t left) {
-        shares += load_first(w + j, left) * load_first(dw + j, left);
-      });
-      const C share = this->sum(shares);
-      this->vectors(keys, [&](int64_t j, int64_t left) {
-        store_first(out + j, load_first(w + j, left) * (load_first(dw + j, left) - share), left);
-      });
+      this->softmax_backward(w, dw, keys, out);
     }
   }
 
@@ -668,6 +677,135 @@ struct AdditiveBackward : AdditivePass<S> {
   }
 
   const AdditiveBackwardParams& g;
+};
+
+// ---- one query at a time ------------------------------------------------------------------------
+
+template <class S>
+struct AdditiveStep : AdditivePass<S> {
+  using Pass = AdditivePass<S>;
+  using Pass::L;
+  using Pass::p, Pass::Hp, Pass::kKeys;
+  using typename Pass::C;
+  using typename Pass::V;
+
+  struct Local {  // one thread's
+    C *q, *k, *v, *dq, *w, *dw;
+    const S** value;
+
+    static Local carve(Scratch& scratch, const AdditiveParams& p, int64_t Hp) {
+      Local made{};
+      made.q = scratch.take<C>(2 * Hp);
+      made.k = scratch.take<C>(p.S * 2 * Hp);
+      made.v = scratch.take<C>(Hp);
+      made.dq = scratch.take<C>(Hp);
+      made.w = scratch.take<C>(p.S);
+      made.dw = scratch.take<C>(p.S);
+      made.value = scratch.take<const S*>(p.S);
+      return made;
+    }
+  };
+
+  explicit AdditiveStep(const AdditiveStepParams& params) : Pass(params), s(params) {}
+
+  size_t scratch_bytes() const {
+    Scratch scratch{nullptr};
+    scratch.take<Local>(p.threads);
+    for (int t = 0; t < p.threads; t++) Local::carve(scratch, p, Hp);
+    return scratch.used;
+  }
+
+  C* packed_of(int64_t b) const { return (C*)s.packed + b * p.S * 2 * Hp; }
+
+  // Packs the keys of every sequence, without which no step can run.
+  void pack() const {
+    this->share(p.B, [&](int, int64_t b) {
+      s.within[b] = 0;
+      if constexpr (!Pass::kDouble) s.within[b] = this->template pack_keys<false>(b, packed_of(b));
+      if (!s.within[b]) this->template pack_keys<true>(b, packed_of(b));
+    });
+  }
+
+  void run() const {
+    Scratch scratch{(char*)p.scratch};
+    Local* locals = scratch.take<Local>(p.threads);
+    for (int t = 0; t < p.threads; t++) {
+      locals[t] = Local::carve(scratch, p, Hp);
+      this->pack_v(locals[t].v);
+    }
+    this->share(p.B, [&](int thread, int64_t b) {
+      const Local& own = locals[thread];
+      if constexpr (!Pass::kDouble)
+        if (s.within[b] && this->template pack_queries<false>(b, s.t, 1, own.q))
+          return step<false>(own, b, packed_of(b));
+      C* k = packed_of(b);
+      if (s.within[b]) this->template pack_keys<true>(b, k = own.k);  // the query alone is beyond
+      this->template pack_queries<true>(b, s.t, 1, own.q);
+      step<true>(own, b, k);
+    });
+  }
+
+  template <bool exact>
+  void step(const Local& own, int64_t b, const C* k) const {
+    if (s.context.data)
+      forward<exact>(own, b, k);
+    else
+      backward<exact>(own, b, k);
+  }
+
+  template <bool exact>
+  void forward(const Local& own, int64_t b, const C* k) const {
+    const int64_t keys = this->keys_of(b);
+    this->template score_rows<exact, 1>(own.q, k, own.v, keys, own.w, p.S);
+    this->softmax(own.w, keys);
+    this->scatter_weights(own.w, b, s.t);
+    this->key_pointers(p.value, b, own.value);
+    this->combine(own.w, 1, p.S, own.value, keys, 1, 0, p.D,
+                  [&](int64_t) { return row(s.context, b); });
+  }
+
+  template <bool exact>
+  void backward(const Local& own, int64_t b, const C* k) const {
+    const int64_t keys = this->keys_of(b);
+    C* ds = (C*)s.ds + (b * p.L + s.t) * p.S;
+    this->gather_weights(p.weights, b, s.t, own.w);
+    if (s.dweights)
+      this->gather_weights(s.dweights, b, s.t, own.dw);
+    else
+      memset(own.dw, 0, size_t(keys) * sizeof(C));
+    this->key_pointers(p.value, b, own.value);
+    const S* dcontext = row(s.dcontext, b);
+    this->template dot_rows<1>(&dcontext, own.value, keys, own.dw, p.S);
+    this->softmax_backward(own.w, own.dw, keys, ds);
+    memset(own.dq, 0, size_t(Hp) * sizeof(C));
+    int64_t j = 0;
+    for (; j + kKeys <= keys; j += kKeys) add_dq<exact, kKeys>(own, k + j * 2 * Hp, ds + j);
+    for (; j < keys; j++) add_dq<exact, 1>(own, k + j * 2 * Hp, ds + j);
+    S* dq = row(s.dq, b);
+    this->vectors(p.H, [&](int64_t h, int64_t left) {
+      store_first(dq + h, load(own.dq + h) * load(own.v + h), left);
+    });
+  }
+
+  // own.dq += sum over n keys of ds (1 - tanh^2)
+  template <bool exact, int n>
+  SEQKERN_INLINE void add_dq(const Local& own, const C* k, const C* ds) const {
+    for (int64_t h = 0; h < Hp; h += L) {
+      const typename Pass::template Query<exact> q(own.q + 2 * h);
+      V sums{};
+#pragma GCC unroll 4
+      for (int j = 0; j < n; j++) {
+        const typename Pass::template Key<exact> key(k + j * 2 * Hp + 2 * h);
+        const V t = key.tanh(q);
+        sums += ds[j] * (1 - t * t);
+      }
+      store(own.dq + h, load(own.dq + h) + sums);
+    }
+  }
+
+  S* row(const BatchRows& rows, int64_t b) const { return (S*)this->row_of(rows, b, s.t); }
+
+  const AdditiveStepParams& s;
 };
 
 }  // namespace SEQKERN_ISA

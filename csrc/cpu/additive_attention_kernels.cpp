@@ -1,6 +1,7 @@
 // One instruction set's kernels of additive attention, for the table in kernels.cpp, whose rule
 // holds here too: no inline functions of the standard library.
 #include "additive_attention.h"
+#include "gates.h"
 #include "kernels.h"
 
 namespace seqkern {
@@ -22,6 +23,15 @@ size_t additive_backward_scratch(const AdditiveBackwardParams& p) {
 void additive_backward(const AdditiveBackwardParams& p) {
   avx512bf16::kernel_table().additive_backward(p);
 }
+size_t additive_step_scratch(const AdditiveStepParams& p) {
+  return avx512bf16::kernel_table().additive_step_scratch(p);
+}
+void additive_step_pack(const AdditiveStepParams& p) {
+  avx512bf16::kernel_table().additive_step_pack(p);
+}
+void additive_step(const AdditiveStepParams& p) { avx512bf16::kernel_table().additive_step(p); }
+void gates_forward(const GatesParams& p) { avx512bf16::kernel_table().gates_forward(p); }
+void gates_backward(const GatesParams& p) { avx512bf16::kernel_table().gates_backward(p); }
 
 #else
 
@@ -43,6 +53,15 @@ auto with_storage(const Params& p, const F& f) {
   __builtin_unreachable();
 }
 
+// f(Gates<C, Cell>(p)) for the dtype and the cell known at run time.
+template <class F>
+void with_gates(const GatesParams& p, const F& f) {
+  const bool lstm = p.cell == CellKind::lstm;
+  if (p.dtype == Dtype::f64)
+    return lstm ? f(Gates<double, LstmCell>{p}) : f(Gates<double, GruCell>{p});
+  lstm ? f(Gates<float, LstmCell>{p}) : f(Gates<float, GruCell>{p});
+}
+
 }  // namespace
 
 size_t additive_forward_scratch(const AdditiveForwardParams& p) {
@@ -56,6 +75,21 @@ size_t additive_backward_scratch(const AdditiveBackwardParams& p) {
 }
 void additive_backward(const AdditiveBackwardParams& p) {
   with_storage<AdditiveBackward>(p, [](const auto& pass) { pass.run(); });
+}
+size_t additive_step_scratch(const AdditiveStepParams& p) {
+  return with_storage<AdditiveStep>(p, [](const auto& pass) { return pass.scratch_bytes(); });
+}
+void additive_step_pack(const AdditiveStepParams& p) {
+  with_storage<AdditiveStep>(p, [](const auto& pass) { pass.pack(); });
+}
+void additive_step(const AdditiveStepParams& p) {
+  with_storage<AdditiveStep>(p, [](const auto& pass) { pass.run(); });
+}
+void gates_forward(const GatesParams& p) {
+  with_gates(p, [](const auto& gates) { gates.forward(); });
+}
+void gates_backward(const GatesParams& p) {
+  with_gates(p, [](const auto& gates) { gates.backward(); });
 }
 
 #endif

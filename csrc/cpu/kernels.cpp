@@ -22,6 +22,11 @@ size_t additive_forward_scratch(const AdditiveForwardParams& p);
 void additive_forward(const AdditiveForwardParams& p);
 size_t additive_backward_scratch(const AdditiveBackwardParams& p);
 void additive_backward(const AdditiveBackwardParams& p);
+size_t additive_step_scratch(const AdditiveStepParams& p);
+void additive_step_pack(const AdditiveStepParams& p);
+void additive_step(const AdditiveStepParams& p);
+void gates_forward(const GatesParams& p);
+void gates_backward(const GatesParams& p);
 
 namespace {
 
@@ -200,6 +205,11 @@ const KernelTable& kernel_table() {
                                         additive_forward,
                                         additive_backward_scratch,
                                         additive_backward,
+                                        additive_step_scratch,
+                                        additive_step_pack,
+                                        additive_step,
+                                        gates_forward,
+                                        gates_backward,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};

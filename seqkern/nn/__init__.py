@@ -1,6 +1,7 @@
 """The modules: torch.nn's constructors, parameters and forwards on seqkern's operations."""
 
 from seqkern.nn.attention import MultiHeadAttention, MultiheadAttention
+from seqkern.nn.attention_decoder import AttentionDecoder, DecoderState
 from seqkern.nn.cache import KeyValueCache
 from seqkern.nn.encoder_decoder import (
     AdditiveAttention,
@@ -27,8 +28,10 @@ __all__ = [
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AttentionDecoder",
     "AttentionPooling",
     "DecoderLayerCache",
+    "DecoderState",
     "DotProductAttention",
     "GRUCell",
     "KeyValueCache",

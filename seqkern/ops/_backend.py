@@ -22,9 +22,12 @@ BACKENDS = ("eager", "cpu", "cuda", "triton")
 COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})  # cpu and cuda
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 RECURRENT = frozenset({"rnn", "lstm", "gru"})
-BACKENDS_OF = dict.fromkeys(RECURRENT, ("cpu", "cuda")) | dict.fromkeys(
-    ("attention", "additive_attention"), ("cpu", "triton")
-)  # besides eager
+BACKENDS_OF: dict[str, tuple[str, ...]] = {  # besides eager
+    **{op: ("cpu", "cuda") for op in RECURRENT},
+    "attention": ("cpu", "triton"),
+    "additive_attention": ("cpu", "triton"),
+    "attention_decoder": ("cpu",),
+}
 MAX_HEAD_DIM = 256  # of the Triton kernels
 MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
 
@@ -189,7 +192,7 @@ def refusal(
         return None
     if backend not in BACKENDS_OF.get(op, ()):
         return f"{backend} has no kernel for {op}"
-    if missing is not None and (op in RECURRENT or (op == "additive_attention" and backend == "cpu")):
+    if missing is not None and (op in RECURRENT or (op != "attention" and backend == "cpu")):
         return f"{backend} needs the compiled extension: {missing}"
     if missing is not None and backend == "triton":
         return f"triton: {missing}"
@@ -232,7 +235,7 @@ def choose(
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru", "attention", "additive_attention"
+        op: "rnn", "lstm", "gru", "attention", "additive_attention", "attention_decoder"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent

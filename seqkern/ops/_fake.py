@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkern.ops import _additive, _attention  # noqa: F401  (defines the operators)
+from seqkern.ops import _additive, _attention, attention_decoder  # noqa: F401  (define the operators)
 from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
 from seqkern.ops._backend import WHY_NO_KERNELS
 
@@ -133,3 +133,25 @@ def additive_attention_backward(
 
 torch.library.register_fake("seqkern::additive_attention_forward", additive_attention_forward)
 torch.library.register_fake("seqkern::additive_attention_backward", additive_attention_backward)
+
+
+def attention_decoder_forward(
+    gates, h0, c0, w_hh, b_hh, w_context, w_query, key, v, value, key_valid, lengths
+):
+    (T, B, GH), H, (_, S, A) = gates.shape, h0.shape[1], key.shape
+    cells = gates.new_empty((T, B, H) if c0 is not None else (0,))
+    saved = gates.new_empty((T, B, 5 if c0 is not None else 4, H))
+    y, context = gates.new_empty((T, B, H)), gates.new_empty((T, B, value.shape[2]))
+    return y, cells, context, gates.new_empty((B, T, S)), gates.new_empty((T, B, A + GH)), saved
+
+
+def attention_decoder_backward(dy, dc_n, dcontext, dweights, gates, h0, c0, w_hh, b_hh, *rest):
+    w_context, w_query, key, v, value = rest[:5]
+    dc0 = h0.new_empty((h0.shape[0] if c0 is not None else 0, h0.shape[1]))
+    db_hh = h0.new_empty((0,) if b_hh is None else b_hh.shape)
+    first = (_contiguous_like(gates), _contiguous_like(h0), dc0, _contiguous_like(w_hh), db_hh)
+    return (*first, *(_contiguous_like(t) for t in (w_context, w_query, key, v, value)))
+
+
+torch.library.register_fake("seqkern::attention_decoder_forward", attention_decoder_forward)
+torch.library.register_fake("seqkern::attention_decoder_backward", attention_decoder_backward)
