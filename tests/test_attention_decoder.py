@@ -208,7 +208,8 @@ COMPOSED = unique(
     Case(**row, H=4, K=4)
     for row in pairwise(
         dict(
-            cell=("lstm", "gru"), feeding=("bahdanau", "luong"), attention=("additive", "general", "concat", "dot"),
+            cell=("lstm", "gru"), feeding=("bahdanau", "luong"),
+            attention=("additive", "general", "concat", "dot"),
             keys=("all", "lengths", "holes"), state=(True, False), dtype=(torch.float32, torch.float64),
         )
     )
@@ -370,21 +371,37 @@ def operands(**change):
     return found | change
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (dict(input=torch.randn(0, 2, 4)), RuntimeError, r"input: expected \[T, B, I\] with T > 0, got \(0, 2, 4\)"),
-        (dict(input=torch.randn(3, 2, 5)), RuntimeError, r"w_ih: expected \[G\*H, I \+ D\] = \(20, 8\), got \(20, 7\)"),
-        (dict(hx=torch.randn(2, 5)), RuntimeError, r"w_ih: expected \[G\*H, I \+ D\] = \(15, 7\), got \(20, 7\)"),
-        (dict(hx=(torch.randn(2, 5), torch.randn(3, 5))), RuntimeError, r"hx\[1\]: expected \[B, H\] = \(2, 5\), got"),
-        (dict(w_query=torch.randn(5, 5)), RuntimeError, r"w_query: expected \[A, H\] = \(6, 5\), got \(5, 5\)"),
-        (dict(key=torch.randn(3, 7, 6)), RuntimeError, r"key: expected \[B, S, A\] = \(2, 7, 6\), got \(3, 7, 6\)"),
-        (dict(v=torch.randn(6).double()), RuntimeError, "v: expected the dtype of input, torch.float32, got torch.float64"),
-        (dict(lengths=torch.tensor([1, 8])), ValueError, r"lengths: expected values in 0..T = 0..7"),
-        (dict(backend="triton"), RuntimeError, "triton has no kernel for attention_decoder"),
-        (dict(params=[torch.randn(20, 7)]), ValueError, r"hx, params: expected h_0 or \(h_0, c_0\)"),
-    ],
-)  # fmt: skip
+BAD = [
+    (
+        dict(input=torch.randn(0, 2, 4)),
+        RuntimeError,
+        r"input: expected \[T, B, I\] with T > 0, got \(0, 2, 4\)",
+    ),
+    (
+        dict(input=torch.randn(3, 2, 5)),
+        RuntimeError,
+        r"w_ih: expected \[G\*H, I \+ D\] = \(20, 8\), got \(20, 7\)",
+    ),
+    (dict(hx=torch.randn(2, 5)), RuntimeError, r"w_ih: expected \[G\*H, I \+ D\] = \(15, 7\), got \(20, 7\)"),
+    (
+        dict(hx=(torch.randn(2, 5), torch.randn(3, 5))),
+        RuntimeError,
+        r"hx\[1\]: expected \[B, H\] = \(2, 5\), got",
+    ),
+    (dict(w_query=torch.randn(5, 5)), RuntimeError, r"w_query: expected \[A, H\] = \(6, 5\), got \(5, 5\)"),
+    (
+        dict(key=torch.randn(3, 7, 6)),
+        RuntimeError,
+        r"key: expected \[B, S, A\] = \(2, 7, 6\), got \(3, 7, 6\)",
+    ),
+    (dict(v=torch.randn(6).double()), RuntimeError, "v: expected the dtype of input, torch.float32, got"),
+    (dict(lengths=torch.tensor([1, 8])), ValueError, r"lengths: expected values in 0..T = 0..7"),
+    (dict(backend="triton"), RuntimeError, "triton has no kernel for attention_decoder"),
+    (dict(params=[torch.randn(20, 7)]), ValueError, r"hx, params: expected h_0 or \(h_0, c_0\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_operation_errors(change, error, message):
     with pytest.raises(error, match=message):
         ops.attention_decoder(**operands(**change))

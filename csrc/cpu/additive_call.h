@@ -59,7 +59,7 @@ struct AdditiveCall {
     double pairs = 0;
     for (int64_t b = 0; b < p.B; b++) pairs += double(p.L) * double(p.keys ? p.keys[b] : p.S);
     p.threads =
-        at::in_parallel_region() || pairs * double(p.H + p.D) < 100000 ? 1 : at::get_num_threads();
+        at::in_parallel_region() || pairs * double(p.H + p.D) < 500000 ? 1 : at::get_num_threads();
   }
 
  private:

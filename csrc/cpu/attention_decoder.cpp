@@ -70,7 +70,7 @@ struct DecoderCall {
             x.size(2), B * x.size(2)};
   }
   int threads(double work) const {
-    return at::in_parallel_region() || work < 50000 ? 1 : at::get_num_threads();
+    return at::in_parallel_region() || work < 500000 ? 1 : at::get_num_threads();
   }
 
   GatesParams gates_of(int64_t t, const Tensor& of_input, const Tensor& of_hidden, int64_t first,
@@ -79,7 +79,7 @@ struct DecoderCall {
     p.cell = cell;
     p.dtype = dtype_of(gates);
     p.B = B, p.H = H;
-    p.threads = threads(double(B * H * G) * 4);
+    p.threads = threads(double(B * H * G));
     p.of_input = rows(of_input);
     p.of_hidden = rows(of_hidden, first);
     p.h_prev = (t ? h[t - 1] : h0).const_data_ptr();

@@ -193,8 +193,8 @@ class AttentionDecoder(nn.Module):
             return self.project_keys(keys, values, key_padding_mask, lengths=lengths)
         if values is not None or key_padding_mask is not None or lengths is not None:
             raise ValueError(
-                "keys: what project_keys returned carries values, key_padding_mask and lengths; expected None "
-                "for them"
+                "keys: what project_keys returned carries values, key_padding_mask and lengths; "
+                "expected None for them"
             )
         return keys
 

@@ -22,8 +22,8 @@ _attention.LIBRARY.define(
 _attention.LIBRARY.define(
     f"attention_decoder_backward(Tensor? dy, Tensor? dc_n, Tensor? dcontext, Tensor? dweights, {_INPUTS}, "
     "Tensor y, Tensor cells, Tensor context, Tensor weights, Tensor products, Tensor saved) -> "
-    "(Tensor dgates, Tensor dh0, Tensor dc0, Tensor dw_hh, Tensor db_hh, Tensor dw_context, Tensor dw_query, Tensor dkey, "
-    "Tensor dv, Tensor dvalue)"
+    "(Tensor dgates, Tensor dh0, Tensor dc0, Tensor dw_hh, Tensor db_hh, Tensor dw_context, Tensor dw_query, "
+    "Tensor dkey, Tensor dv, Tensor dvalue)"
 )
 
 
