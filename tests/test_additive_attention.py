@@ -187,7 +187,9 @@ def test_parity_on_each_instruction_set(case, instruction_set, cpu_backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_parity_of_many(seed, cpu_backend):
-    factors = FACTORS | dict(L=SIZES, S=SIZES, H=SIZES, D=SIZES, reach=(0.01, 1.0, 12.0))
+    # At 0.01 tanh' is nearly 1 and the scores' gradients add up to 0: dquery keeps a few thousandths of its
+    # terms, and in float64 the two oracles' roundings are no longer 1e-12 apart.
+    factors = FACTORS | dict(L=SIZES, S=SIZES, H=SIZES, D=SIZES, reach=(0.1, 1.0, 12.0))
     for row in pairwise(factors, seed):
         check(replace(Case(**row), seed=seed + 1))
 
