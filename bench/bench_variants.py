@@ -1,4 +1,4 @@
-"""The recurrent variants against a user's eager loop, and against LSTM and GRU: the grid is in variants.py."""
+"""The recurrent variants against an eager loop, and against LSTM and GRU: the grid is in variants.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The recurrent variants: cases, and how one is measured, beside a user's eager loop and beside LSTM or GRU.
 loop (the peer), and beside seqkern's LSTM or GRU of the same size.
 
-`to_base` is a variant's time over that of its base, `scaled` the same after dividing by the ratio of their FLOPs:
-what a variant costs beyond its own work.
+`to_base` is a variant's time over that of its base, `scaled` the same after dividing by the ratio of their
+FLOPs: what a variant costs beyond its own work.
 
 Letters: B batch, T steps, I input, H hidden.
 """
@@ -25,7 +25,7 @@ LOOP = "eager loop"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A module beside its base. products: weights of I and of H that a unit of its gates has, beside a unit's."""
+    """A module, and seqkern's layer that it is compared with."""
 
     name: str
     base: str

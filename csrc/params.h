@@ -180,6 +180,11 @@ struct AttentionBackwardParams : AttentionParams {
   HeadTensor dq, dk, dv;      // as q, k, v
 };
 
+struct AdditiveForwardParams;  // additive_params.h
+struct AdditiveBackwardParams;
+struct AdditiveStepParams;
+struct GatesParams;
+
 // One instruction set's kernels.
 struct KernelTable {
   const char* name;
@@ -192,6 +197,15 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForwardParams&);
   size_t (*attention_backward_scratch)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
+  size_t (*additive_forward_scratch)(const AdditiveForwardParams&);
+  void (*additive_forward)(const AdditiveForwardParams&);
+  size_t (*additive_backward_scratch)(const AdditiveBackwardParams&);
+  void (*additive_backward)(const AdditiveBackwardParams&);
+  size_t (*additive_step_scratch)(const AdditiveStepParams&);
+  void (*additive_step_pack)(const AdditiveStepParams&);  // wants no scratch
+  void (*additive_step)(const AdditiveStepParams&);
+  void (*gates_forward)(const GatesParams&);
+  void (*gates_backward)(const GatesParams&);
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

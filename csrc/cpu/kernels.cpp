@@ -18,6 +18,17 @@ void attention_forward(const AttentionForwardParams& p);
 size_t attention_backward_scratch(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
 
+// additive_attention_kernels.cpp
+size_t additive_forward_scratch(const AdditiveForwardParams& p);
+void additive_forward(const AdditiveForwardParams& p);
+size_t additive_backward_scratch(const AdditiveBackwardParams& p);
+void additive_backward(const AdditiveBackwardParams& p);
+size_t additive_step_scratch(const AdditiveStepParams& p);
+void additive_step_pack(const AdditiveStepParams& p);
+void additive_step(const AdditiveStepParams& p);
+void gates_forward(const GatesParams& p);
+void gates_backward(const GatesParams& p);
+
 namespace {
 
 // f((Pass<S>*)nullptr) for the storage type known at run time.
@@ -176,6 +187,15 @@ const KernelTable& kernel_table() {
                                         attention_forward,
                                         attention_backward_scratch,
                                         attention_backward,
+                                        additive_forward_scratch,
+                                        additive_forward,
+                                        additive_backward_scratch,
+                                        additive_backward,
+                                        additive_step_scratch,
+                                        additive_step_pack,
+                                        additive_step,
+                                        gates_forward,
+                                        gates_backward,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};
