@@ -143,6 +143,8 @@ struct AttentionBackwardParams : AttentionParams {
   HeadTensor dq, dk, dv;      // as q, k, v
 };
 
+struct CrfKernels;  // crf_params.h
+
 // One instruction set's kernels.
 struct KernelTable {
   const char* name;
@@ -154,6 +156,7 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForwardParams&);
   size_t (*attention_backward_scratch)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
+  const CrfKernels* crf;
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

@@ -9,6 +9,7 @@ import warnings
 from seqkern import _extension, nn, ops, reference
 from seqkern.info import info
 from seqkern.nn import (
+    CRF,
     GRU,
     LSTM,
     RNN,
@@ -25,6 +26,7 @@ from seqkern.nn import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    bio_constraints,
 )
 from seqkern.ops import scaled_dot_product_attention, use_backend, varlen_attention
 from seqkern.plan import plan
@@ -32,6 +34,7 @@ from seqkern.plan import plan
 __version__ = "0.1.0"
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "RNN",
@@ -49,6 +52,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "__version__",
+    "bio_constraints",
     "info",
     "nn",
     "ops",

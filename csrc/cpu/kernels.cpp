@@ -16,6 +16,7 @@ size_t attention_forward_scratch(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 size_t attention_backward_scratch(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+extern const CrfKernels crf_kernels;  // crf_kernels.cpp
 
 namespace {
 
@@ -190,6 +191,7 @@ const KernelTable& kernel_table() {
                                         attention_forward,
                                         attention_backward_scratch,
                                         attention_backward,
+                                        &crf_kernels,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};

@@ -2,6 +2,7 @@
 
 from seqkern.nn.attention import MultiHeadAttention, MultiheadAttention
 from seqkern.nn.cache import KeyValueCache
+from seqkern.nn.crf import CRF, Constraints, bio_constraints
 from seqkern.nn.gru import GRU, GRUCell
 from seqkern.nn.lstm import LSTM, LSTMCell
 from seqkern.nn.rnn import RNN, RNNCell
@@ -16,9 +17,11 @@ from seqkern.nn.transformer import (
 )
 
 __all__ = [
+    "CRF",
     "GRU",
     "LSTM",
     "RNN",
+    "Constraints",
     "DecoderLayerCache",
     "GRUCell",
     "KeyValueCache",
@@ -32,4 +35,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "bio_constraints",
 ]

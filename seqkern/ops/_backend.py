@@ -1,9 +1,9 @@
 """Which backend computes an operation: one pure function over a table, and the caller's wish.
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
-cpu     recurrent layers: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
+cpu     recurrent layers, CRF: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
 cuda    recurrent layers: the compiled kernels in csrc/cuda
-triton  attention: the kernels in seqkern.triton
+triton  attention, CRF: the kernels in seqkern.triton
 """
 
 import importlib.util
@@ -20,8 +20,12 @@ BACKENDS = ("eager", "cpu", "cuda", "triton")
 
 COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})  # cpu and cuda
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+KERNELS = {"attention": ("cpu", "triton"), "crf": ("cpu", "triton"), "crf_nbest": ("cpu",)}
+CRF_DTYPES = frozenset({torch.float32, torch.float64})  # 16-bit tensors are computed in float32
 RECURRENT = frozenset({"rnn", "lstm", "gru"})
+CRF = frozenset({"crf", "crf_nbest"})  # the best sequence, or several
 MAX_HEAD_DIM = 256  # of the Triton kernels
+MAX_TAGS = 128  # of the Triton kernels
 MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
 
 
@@ -132,7 +136,7 @@ def current_wish() -> str | None:
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every seqkern operation of this thread on the backend `name`, "eager", "cpu", "cuda" (recurrent
-    layers) or "triton" (attention); None frees the choice.
+    layers) or "triton" (attention, CRF); None frees the choice.
 
     A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
     `backend=` wins over this. Code under torch.compile follows it too, recompiled for each backend, in all
@@ -178,20 +182,23 @@ def refusal(
     missing: str | None = None,
     no_cuda: str | None = None,
     head_dim: int = 0,
+    num_tags: int = 0,
     interpreted: bool = False,
 ) -> str | None:
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
     if backend == "eager":
         return None
-    if backend not in {"attention": ("cpu", "triton")}.get(op, ("cpu", "cuda") if op in RECURRENT else ()):
+    if backend not in KERNELS.get(op, ("cpu", "cuda") if op in RECURRENT else ()):
         return f"{backend} has no kernel for {op}"
-    if missing is not None and op in RECURRENT:
+    if missing is not None and (op in RECURRENT or (op in CRF and backend == "cpu")):
         return f"{backend} needs the compiled extension: {missing}"
     if missing is not None and backend == "triton":
         return f"triton: {missing}"
     if backend == "cpu":
         if device != "cpu":
             return f"cpu needs tensors on a CPU, got {device}"
+        if op in CRF and dtype not in CRF_DTYPES:
+            return f"cpu computes float32 and float64, got {dtype}"
         if dtype not in COMPILED_DTYPES:
             return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
     elif backend == "cuda":
@@ -204,10 +211,14 @@ def refusal(
     else:
         if device != "cuda" and not interpreted:
             return f"triton needs tensors on a CUDA device, got {device}"
-        if dtype not in TRITON_DTYPES and not interpreted:
+        if op in CRF and dtype not in CRF_DTYPES:
+            return f"triton computes float32 and float64, got {dtype}"
+        if op not in CRF and dtype not in TRITON_DTYPES and not interpreted:
             return f"triton computes float32, bfloat16 and float16, got {dtype}"
         if head_dim > MAX_HEAD_DIM:
             return f"triton needs head_dim <= {MAX_HEAD_DIM}, got {head_dim}"
+        if num_tags > MAX_TAGS:
+            return f"triton needs num_tags <= {MAX_TAGS}, got {num_tags}"
     if transformed:
         return f"{backend} has no rule for torch.func transforms and forward-mode differentiation"
     return None
@@ -223,20 +234,22 @@ def choose(
     missing: str | None = None,
     no_cuda: str | None = None,
     head_dim: int = 0,
+    num_tags: int = 0,
     interpreted: bool = False,
 ) -> str:
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru", "attention"
+        op: "rnn", "lstm", "gru", "attention", "crf", "crf_nbest"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent
         wish: the backend the caller named, None for a free choice
         missing: why the kernels are not there, None if they are: a recurrent layer's compiled ones,
-            attention's Triton ones
+            attention's Triton ones, a CRF's of its device
         no_cuda: why a recurrent layer's CUDA kernels cannot run on this device, None if they can
         head_dim: the larger of attention's two
+        num_tags: a CRF's
         interpreted: Triton's kernels run in its interpreter, on any device; for tests, never chosen freely
     Raises:
         ValueError: wish is no backend
@@ -250,6 +263,7 @@ def choose(
                 missing=missing,
                 no_cuda=no_cuda,
                 head_dim=head_dim,
+                num_tags=num_tags,
             )
             if why_not is None:
                 return backend
@@ -261,6 +275,7 @@ def choose(
         missing=missing,
         no_cuda=no_cuda,
         head_dim=head_dim,
+        num_tags=num_tags,
         interpreted=interpreted,
     )
     if why_not is not None:

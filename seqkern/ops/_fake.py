@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkern.ops import _attention
+from seqkern.ops import _attention, crf  # crf: defines its operators
 from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
 from seqkern.ops._backend import WHY_NO_KERNELS
 
@@ -112,3 +112,31 @@ def attention_backward(dout, dlse, dweights, weights, out, lse, *rest):
 
 torch.library.register_fake("seqkern::attention_forward", attention_forward)
 torch.library.register_fake("seqkern::attention_backward", attention_backward)
+
+
+def crf_forward(emissions, start, end, transitions, tags, mask, lengths, save):
+    T, B, K = emissions.shape
+    padded = (K + crf.ALPHAS_MULTIPLE - 1) // crf.ALPHAS_MULTIPLE * crf.ALPHAS_MULTIPLE
+    return emissions.new_empty((B,)), emissions.new_empty((B, T, padded) if save else (0,))
+
+
+def crf_backward(dvalue, emissions, start, end, transitions, tags, mask, lengths, alphas, need_dparams):
+    T, B, K = emissions.shape
+    if emissions.stride(2) == 1 and emissions.stride(0) < emissions.stride(1):
+        demissions = emissions.new_empty((B, T, K)).transpose(0, 1)
+    else:
+        demissions = emissions.new_empty((T, B, K))
+    return demissions, *(_dparams((start, end, transitions), need_dparams) or _nothing(dvalue))
+
+
+def crf_decode(emissions, start, end, transitions, mask, lengths, n):
+    T, B, _ = emissions.shape
+    return emissions.new_empty((n, B, T), dtype=torch.int64), emissions.new_empty((n, B))
+
+
+def _nothing(x: Tensor) -> list[Tensor]:
+    return [x.new_empty((0,)) for _ in range(3)]
+
+
+for _kernel in (crf_forward, crf_backward, crf_decode):
+    torch.library.register_fake(f"seqkern::{_kernel.__name__}", _kernel)

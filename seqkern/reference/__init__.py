@@ -6,8 +6,18 @@ these functions in float64, and double backward differentiates them.
 """
 
 from seqkern.reference.attention import attention
+from seqkern.reference.crf import crf_best, crf_log_likelihood, crf_log_partition, crf_marginals
 from seqkern.reference.gru import gru_layer
 from seqkern.reference.lstm import lstm_layer
 from seqkern.reference.rnn import rnn_layer
 
-__all__ = ["attention", "gru_layer", "lstm_layer", "rnn_layer"]
+__all__ = [
+    "attention",
+    "crf_best",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
+    "gru_layer",
+    "lstm_layer",
+    "rnn_layer",
+]
