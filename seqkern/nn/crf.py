@@ -26,8 +26,8 @@ SCHEMES = {"BIO": ("B", "I", "", ""), "BIOUL": ("B", "I", "L", "U"), "BIOES": ("
 def bio_constraints(tags: Sequence[str], scheme: str = "BIO") -> Constraints:
     """The constraints of a chunk tagging scheme.
 
-    BIO (also called IOB2): I-x stands only after B-x or I-x. BIOUL (BILOU) and BIOES: an entity is U-x (S-x), or
-    B-x, any number of I-x, and L-x (E-x).
+    BIO (also called IOB2): I-x stands only after B-x or I-x. BIOUL (BILOU) and BIOES: an entity is U-x (S-x),
+    or B-x, any number of I-x, and L-x (E-x).
 
     Args:     tags: the names of tags 0 … K - 1, "O" or a prefix of the scheme, "-" and a type, as "B-PER"
               scheme: "BIO", "BIOUL" or "BIOES"
@@ -75,12 +75,13 @@ class CRF(nn.Module):
     """pytorch-crf's CRF on seqkern's kernels: same constructor, parameters, initialisation and results.
 
     Construct:  CRF(num_tags, batch_first=False, *, constraints=None, device=None, dtype=None)
-        constraints: `Constraints`, or three such tensors: what they forbid has probability zero everywhere, and a
-            sequence of tags that breaks them the log-likelihood -inf. See `bio_constraints`. They are no part of
-            the state_dict
-    Parameters: start_transitions [K], end_transitions [K], transitions [K, K] (score of tag j after tag i at [i, j])
-    Beyond pytorch-crf: `lengths` for `mask`; `allowed`, the tags that are possible at each step; `log_partition`;
-        `marginals`; several best sequences, and their scores, from `decode`
+        constraints: `Constraints`, or three such tensors: what they forbid has probability zero everywhere,
+            and a sequence of tags that breaks them the log-likelihood -inf. See `bio_constraints`. They are
+            no part of the state_dict
+    Parameters: start_transitions [K], end_transitions [K], transitions [K, K]: score of tag j after tag i at
+        [i, j]
+    Beyond pytorch-crf: `lengths` for `mask`; `allowed`, the tags that are possible at each step;
+        `log_partition`; `marginals`; several best sequences, and their scores, from `decode`
     Source:     https://pytorch-crf.readthedocs.io; the equations are in seqkern/reference/crf.py
 
     Shapes are [T, B, …], with batch_first [B, T, …]; K is num_tags. Arguments that all methods share:
@@ -91,8 +92,9 @@ class CRF(nn.Module):
         lengths: [B] integers in 1..T: sequence b has lengths[b] steps. Not with mask
         allowed: [T, B, K] bool: where False, a tag is impossible at that step
 
-    Errors: ValueError for a wrong shape or dtype, a mask off at a first step, lengths outside 1..T; IndexError for
-    tags outside 0..K-1 at steps that count. On a GPU values are not looked at (seqkern.ops.crf_log_likelihood).
+    Errors: ValueError for a wrong shape or dtype, a mask off at a first step, lengths outside 1..T;
+    IndexError for tags outside 0..K-1 at steps that count. On a GPU values are not looked at: see
+    seqkern.ops.crf_log_likelihood.
     """
 
     def __init__(
@@ -151,8 +153,8 @@ class CRF(nn.Module):
 
         Args:
             tags: [T, B] integers
-            reduction: "none": [B]; "sum"; "mean": over the sequences; "token_mean": the sum over the number of
-                steps that count
+            reduction: "none": [B]; "sum"; "mean": over the sequences; "token_mean": the sum over the number
+                of steps that count
         Returns:
             [B] or a scalar, float32 (float64 if a tensor is); -inf for tags that are impossible
         """
@@ -183,8 +185,8 @@ class CRF(nn.Module):
     ) -> Tensor:
         """log Z, [B]: -inf where no sequence is possible.
 
-        `log_partition(emissions, allowed=known) - log_partition(emissions)` is the log-likelihood of tags known in
-        part: of all sequences within `known`.
+        `log_partition(emissions, allowed=known) - log_partition(emissions)` is the log-likelihood of tags
+        known in part: of all sequences within `known`.
         """
         steps = self._steps(emissions, mask, lengths, allowed)
         return ops.crf_log_partition(self._time_first(emissions), *self._scores(), **steps)
@@ -217,11 +219,13 @@ class CRF(nn.Module):
 
         Args:
             nbest: how many sequences, best first; None: one, as a list
-            pad_tag: with nbest, what stands behind a sequence's last step, and in sequences that are not possible
+            pad_tag: with nbest, what stands behind a sequence's last step, and in sequences that are not
+                possible
             return_scores: return (tags, scores)
         Returns:
-            a list of B lists, of as many tags as steps count; with nbest a tensor [nbest, B, T] int64, whatever
-            batch_first is;  scores: [B], with nbest [nbest, B], -inf where no further sequence is possible
+            a list of B lists, of as many tags as steps count; with nbest a tensor [nbest, B, T] int64,
+            whatever batch_first is;  scores: [B], with nbest [nbest, B], -inf where no further sequence is
+            possible
         """
         if nbest is not None and nbest < 1:
             raise ValueError(f"nbest: expected at least 1, got {nbest}")

@@ -44,13 +44,14 @@ def crf_log_likelihood(
 ) -> Tensor:
     """log p(tags | emissions) = score(tags) - log Z, per sequence.
 
-        score(y) = start[y_0] + emissions_0[y_0] + sum over t > 0 of (transitions[y_{t-1}, y_t] + emissions_t[y_t])
-                 + end[y_last],       log Z = log(sum over all sequences y of exp(score(y)))
+        score(y) = start[y_0] + sum over t of emissions_t[y_t]
+                 + sum over t > 0 of transitions[y_{t-1}, y_t] + end[y_last]
+        log Z    = log(sum over all sequences y of exp(score(y)))
 
     float32 and float64 are computed as they are, 16-bit tensors (also under autocast) in float32; of several
-    dtypes the widest counts. -inf in emissions or transitions forbids. Impossible tags have the log-likelihood
-    -inf; if no sequence is possible at all, log Z counts as zero in it and has no gradient. Gradients are finite
-    in either case.
+    dtypes the widest counts. -inf in emissions or transitions forbids. Impossible tags have the
+    log-likelihood -inf; if no sequence is possible at all, log Z counts as zero in it and has no gradient.
+    Gradients are finite in either case.
 
     Args:
         emissions: [T, B, K] floating, any strides, T > 0
@@ -59,8 +60,9 @@ def crf_log_likelihood(
         transitions: [K, K], score of tag j after tag i at [i, j]
         mask: [T, B] bool (or integers, 0 is off): the steps that count; the first always does. Emissions
             elsewhere (NaN too) are never read and have the gradient zero. Where such steps lie between others
-            everything is as in pytorch-crf, which skips them in log Z, but takes tags[t - 1] for the tag before
-            tags[t] and tags[number of steps that count - 1] for the last one, whatever the mask says there
+            everything is as in pytorch-crf, which skips them in log Z, but takes tags[t - 1] for the tag
+            before tags[t] and tags[number of steps that count - 1] for the last one, whatever the mask says
+            there: leave such steps out beforehand to have a likelihood
         lengths: [B] integers in 1..T on emissions' device: row b counts up to lengths[b]. Not with mask
         allowed: [T, B, K] bool: where False, a tag is impossible at that step. None: all are possible
         backend: "eager", "cpu" or "triton"; None: the fastest that is correct. See seqkern.use_backend
@@ -204,8 +206,8 @@ def _marginals(chain: Sequence[Tensor], steps: Steps, backend: str) -> Tensor:
 
 
 class CRFFunction(torch.autograd.Function):
-    """Log-likelihood or log Z on the operators. Kept for backward: the inputs, and each step's log of the sums
-    over all sequences so far."""
+    """Log-likelihood or log Z on the operators. Kept for backward: the inputs, and each step's log of the
+    sums over all sequences so far."""
 
     @staticmethod
     def forward(ctx, emissions, start, end, transitions, tags, mask, lengths, backend):
@@ -218,11 +220,11 @@ class CRFFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dvalue):
         *inputs, alphas = ctx.saved_tensors
-        chain, (tags, *steps) = inputs[:4], inputs[4:]
+        chain, (tags, mask, lengths) = inputs[:4], inputs[4:]
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
             grads = _layers.differentiate_eager(
-                lambda *chain: (_eager(chain, tags, steps),), chain, needed[:4], (dvalue,)
+                lambda *chain: (_eager(chain, tags, (mask, lengths)),), chain, needed[:4], (dvalue,)
             )
         else:
             backward = _operator("backward", ctx.backend, chain[0])
@@ -244,7 +246,7 @@ class MarginalsFunction(torch.autograd.Function):
         *chain, mask, lengths = ctx.saved_tensors
         valid = _valid(chain[0], (mask, lengths))
         grads = _layers.differentiate_eager(
-            lambda *chain: (reference.crf_marginals(*chain, valid),),
+            lambda e, start, end, transitions: (reference.crf_marginals(e, start, end, transitions, valid),),
             chain,
             ctx.needs_input_grad[:4],
             (dmarginals,),
@@ -398,7 +400,8 @@ def _check_values(emissions: Tensor, tags: Tensor | None, steps: Steps) -> None:
     if tags is not None and (bad := _wrong_tags(tags, K, _valid(emissions, steps))).any():
         t, b = bad.nonzero()[0].tolist()
         raise IndexError(
-            f"tags: expected values in 0..K-1 = 0..{K - 1}, got {tags[t, b].item()} at step {t} of sequence {b}"
+            f"tags: expected values in 0..K-1 = 0..{K - 1}, got {tags[t, b].item()} at step {t} "
+            f"of sequence {b}"
         )
 
 

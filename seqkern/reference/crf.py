@@ -13,10 +13,11 @@ With s_t = emissions_t a sequence of tags y has
     score(y) = start[y_0] + s_0[y_0] + sum over t > 0 of (transitions[y_{t-1}, y_t] + s_t[y_t]) + end[y_last]
     p(y)     = exp(score(y) - log Z),   log Z = log(sum over all y of exp(score(y)))
 
-A step that does not count is left out of log Z: the tag before it goes over into the one after it. Where such
-steps lie between others, score and best sequences follow pytorch-crf, which reads by place: the tag before t is
-tags[t - 1], counted or not, the last tag is tags[number of steps that count - 1], and the best sequence is traced
-back over the places number - 1 … 0. With steps that count at the front only, all this agrees.
+A step that does not count is left out of log Z: the tag before it goes over into the one after it. Where
+such steps lie between others, score and best sequences follow pytorch-crf, which reads by place: the tag
+before t is tags[t - 1], counted or not, the last tag is tags[number of steps that count - 1], and the best
+sequence is traced back over the places number - 1 … 0. Where the steps that count come first, all this
+agrees.
 
 Source:  Lafferty, McCallum and Pereira, "Conditional Random Fields", 2001; the forward-backward and Viterbi
          algorithms as in Rabiner, "A Tutorial on Hidden Markov Models", 1989;
@@ -53,7 +54,7 @@ def crf_score(
     valid: Tensor | None = None,
 ) -> Tensor:
     """The score of the tags, [B]: NaN if one that counts is no tag. Arguments as for crf_log_likelihood."""
-    T, B, K = emissions.shape
+    T, _, K = emissions.shape
     emissions, valid = _without_padding(emissions, valid)
     known = (tags >= 0) & (tags < K)  # padding may be any number
     tags = tags.clamp(0, K - 1)
@@ -70,7 +71,8 @@ def crf_log_partition(
 ) -> Tensor:
     """log Z, [B]: -inf, without gradient, where no sequence is possible.
 
-    alpha_0[j] = start[j] + s_0[j]      alpha_t[j] = log(sum over i of exp(alpha_{t-1}[i] + transitions[i, j])) + s_t[j]
+    alpha_0[j] = start[j] + s_0[j]
+    alpha_t[j] = log(sum over i of exp(alpha_{t-1}[i] + transitions[i, j])) + s_t[j]
     """
     emissions, valid = _without_padding(emissions, valid)
     return logsumexp(_alphas(emissions, start, transitions, valid)[-1] + end, 1)
