@@ -30,7 +30,8 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-// exp of what is at most 0, and log of what is normal and positive, at most 2 ulp off; NaN stays NaN.
+// exp of what is at most 0, and log of what is normal and positive, at most 2 ulp off; NaN stays
+// NaN.
 template <class C>
 struct CrfMath;
 
@@ -534,6 +535,7 @@ struct CrfBackward : CrfPass<C> {
         if (__builtin_expect(exact[r], 0))
           exact_columns(alphas(group, r, i - 1), q, own.s + r * Kp, reached, own.term, w[r],
                         gradient);
+        if (i % kChunk == 0) keep_mass(reached);
         memcpy(q, reached, size_t(Kp) * sizeof(C));
         if (!p.dtransitions) continue;
         C *xs = own.xs + r * kChunk * Kp, *vs = own.vs + r * kChunk * Kp;
@@ -558,7 +560,7 @@ struct CrfBackward : CrfPass<C> {
   void begin(const Group& group, int r, double w, const Thread& own, double* gradient) const {
     const C* a = alphas(group, r, group.steps(r) - 1);
     C* q = own.q + r * Kp;
-    V highest = V{} + kNone, total{};
+    V highest = V{} + kNone;
     for (int64_t v = 0; v < nv; v++) {
       const V y = load(a + v * L) + load(this->end + v * L);
       store(q + v * L, y);
@@ -566,14 +568,17 @@ struct CrfBackward : CrfPass<C> {
     }
     C m = this->maximum(highest);
     if (!(m > kNone)) m = 0;
-    for (int64_t v = 0; v < nv; v++) {
-      const V e = M::exp(load(q + v * L) - m);
-      store(q + v * L, e);
-      total += e;
-    }
+    for (int64_t v = 0; v < nv; v++) store(q + v * L, M::exp(load(q + v * L) - m));
+    keep_mass(q);
+    for (int64_t j = 0; j < K; j++) gradient[K * K + K + j] += w * double(q[j]);
+  }
+
+  // Probabilities stay a whole: roundings would add up over the steps.
+  void keep_mass(C* q) const {
+    V total{};
+    for (int64_t v = 0; v < nv; v++) total += load(q + v * L);
     const C sum = this->sum(total), factor = sum == 0 ? 0 : 1 / sum;  // 0: nothing is possible
     for (int64_t v = 0; v < nv; v++) store(q + v * L, load(q + v * L) * factor);
-    for (int64_t j = 0; j < K; j++) gradient[K * K + K + j] += w * double(q[j]);
   }
 
   // demissions at the i-th step of a row.

@@ -192,10 +192,11 @@ def _value(chain: Sequence[Tensor], tags: Tensor | None, steps: Steps, backend: 
 
 
 def _eager(chain: Sequence[Tensor], tags: Tensor | None, steps: Steps) -> Tensor:
-    emissions, *scores = chain
+    emissions, start, end, transitions = chain
+    valid = _valid(emissions, steps)
     if tags is None:
-        return reference.crf_log_partition(emissions, *scores, _valid(emissions, steps))
-    return reference.crf_log_likelihood(emissions, tags, *scores, _valid(emissions, steps))
+        return reference.crf_log_partition(emissions, start, end, transitions, valid)
+    return reference.crf_log_likelihood(emissions, tags, start, end, transitions, valid)
 
 
 def _marginals(chain: Sequence[Tensor], steps: Steps, backend: str) -> Tensor:
@@ -222,14 +223,15 @@ class CRFFunction(torch.autograd.Function):
         *inputs, alphas = ctx.saved_tensors
         chain, (tags, mask, lengths) = inputs[:4], inputs[4:]
         needed = ctx.needs_input_grad
+        rest = (None,) * 4
         if torch.is_grad_enabled():  # create_graph=True
             grads = _layers.differentiate_eager(
                 lambda *chain: (_eager(chain, tags, (mask, lengths)),), chain, needed[:4], (dvalue,)
             )
-        else:
-            backward = _operator("backward", ctx.backend, chain[0])
-            grads = _layers.wanted(backward(dvalue, *inputs, alphas, any(needed[1:4])), needed[:4])
-        return (*grads, None, None, None, None)
+            return (*grads, *rest)
+        backward = _operator("backward", ctx.backend, chain[0])
+        found = backward(dvalue, *inputs, alphas, any(needed[1:4]))
+        return (*_layers.wanted(found, needed[:4]), *rest)
 
 
 class MarginalsFunction(torch.autograd.Function):

@@ -60,6 +60,13 @@ def highest(x, axis: tl.constexpr):
 
 
 @triton.jit
+def whole(b_q):
+    """Probabilities that add up to 1, or zeros."""
+    total = tl.sum(b_q, 0)
+    return b_q / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
 def load_transitions(p_trans, o_i, o_j, K, b_in):
     """[BLOCK_K, BLOCK_K], -inf in the padding."""
     p_ij = p_trans + o_i[:, None] * K + o_j[None, :]
@@ -159,9 +166,7 @@ def crf_backward_kernel(
             tl.store(p_d + (pid * 0 + step).to(tl.int64) * stride_dt + o_k, b_dend * 0, mask=b_in)
         b_a = tl.load(p_a + (n - 1).to(tl.int64) * stride_at + o_k, mask=b_in, other=float("-inf"))
         b_q = b_a + b_end
-        b_q = tl.exp(b_q - highest(b_q, 0))
-        total = tl.sum(b_q, 0)
-        b_q = b_q / tl.where(total == 0, 1.0, total)
+        b_q = whole(tl.exp(b_q - highest(b_q, 0)))
         b_dend += weight * b_q
         last = i_b * 0
         tag = i_b * 0
@@ -189,6 +194,8 @@ def crf_backward_kernel(
             if NEED_DPARAMS:
                 b_dtrans += weight * b_moved
             b_q = tl.where(on, tl.sum(b_moved, 1), b_q)
+            if t % 32 == 0:  # roundings would add up over the steps
+                b_q = whole(b_q)
         b_d = weight * b_q
         if TAGS:
             b_d = tl.where(o_k == tag, weight * (b_q - 1), b_d)
@@ -210,7 +217,7 @@ def crf_decode_kernel(
 ):  # fmt: skip
     """best [B, T] and scores [B] are overwritten; history [B, T, BLOCK_K]: scratch. Grid: (B,).
 
-    The trace back finds each maximum's tag again: K sums a step, which the first pass would else have to keep.
+    The trace back finds each maximum's tag again by K sums a step, so the first pass need not keep it.
     """
     i_b = tl.program_id(0).to(tl.int64)
     zero = tl.program_id(0) * 0
@@ -258,7 +265,7 @@ def crf_forward(
     emissions: Tensor, start: Tensor, end: Tensor, transitions: Tensor, tags: Tensor | None,
     mask: Tensor | None, lengths: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(value [B]: the tags' log-likelihood, or log Z without tags;  alphas [B, T, padded K], [0] unless save)"""
+    """(value [B]: log-likelihood of the tags, or log Z;  alphas [B, T, padded K], [0] unless save)"""
     T, B, K = emissions.shape
     emissions = rows_contiguous(emissions)
     value = emissions.new_empty((B,))
