@@ -65,15 +65,48 @@ struct CrfMath<float> {
 };
 
 template <>
-struct CrfMath<double> {  // the C library's, lane by lane
+struct CrfMath<double> {
+  typedef int64_t VecL __attribute__((vector_size(kVecBytes)));
+  static constexpr double kMagic =
+      6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  static constexpr double kLn2High = 6.93147180369123816490e-01;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+
+  // Cody & Waite's reduction, Taylor's series.
   static SEQKERN_INLINE VecD exp(VecD x) {
-    for (int i = 0; i < kLanes<double>; i++) x[i] = __builtin_exp(x[i]);
-    return x;
+    const VecD a = x < -708.0 ? VecD{} : x, shifted = a * 1.44269504088896340736 + kMagic;
+    const VecD n = shifted - kMagic;
+    const VecL exponent = (VecL)shifted - (VecL)(VecD{} + kMagic);
+    const VecD r = (a - n * kLn2High) - n * kLn2Low;
+    VecD p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+    p = p * r + 1.0 / 39916800;
+    p = p * r + 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * (r * r) + r + 1.0;
+    return x < -708.0 ? VecD{} : p * (VecD)((exponent + 1023) << 52);
   }
-  static double exp(double x) { return __builtin_exp(x); }
+  static double exp(double x) { return exp(VecD{} + x)[0]; }
+  // fdlibm's log (Sun Microsystems, 1993).
   static SEQKERN_INLINE VecD log(VecD x) {
-    for (int i = 0; i < kLanes<double>; i++) x[i] = __builtin_log(x[i]);
-    return x;
+    const VecL exponent = ((VecL)x - 0x3fe6a09e667f3bcd) >> 52;  // the rest: sqrt(1/2) … sqrt(2)
+    const VecD f = (VecD)((VecL)x - (exponent << 52)) - 1.0;
+    const VecD k = (VecD)(exponent + (VecL)(VecD{} + kMagic)) - kMagic;
+    const VecD s = f / (f + 2.0), z = s * s, half = 0.5 * f * f;
+    VecD p = z * 1.479819860511658591e-01 + 1.531383769920937332e-01;
+    p = p * z + 1.818357216161805012e-01;
+    p = p * z + 2.222219843214978396e-01;
+    p = p * z + 2.857142874366239149e-01;
+    p = p * z + 3.999999999940941908e-01;
+    p = p * z + 6.666666666666735130e-01;
+    const VecD result = k * kLn2High - ((half - (s * (half + p * z) + k * kLn2Low)) - f);
+    return x == x ? result : x;
   }
 };
 
