@@ -10,85 +10,134 @@
 
 namespace seqkern {
 
-inline int64_t gates_of(CellKind cell) {
-  return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
-}
-inline int64_t saved_of(CellKind cell) {
-  return cell == CellKind::lstm ? 5 : cell == CellKind::gru ? 4 : 0;
-}
-
 // One layer's sizes, and its arguments of the right shape, dtype and device.
+//
+// An sLSTM's heads have nothing to do with one another: they are so many directions with a part of
+// H each. D, H, P and everything of a direction count these; `heads` is 1 elsewhere.
 class LayerCall {
  public:
   struct Direction {
     at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;  // contiguous; undefined where there is none
+    std::vector<at::Tensor> own;
   };
 
+  const CellShape& shape;
   CellKind cell;
-  bool packed, ragged, has_bias, projected;
-  int64_t T, B, I, H, P, D, G;
-  int64_t each;                       // parameters per direction
-  at::Tensor x, h0, c0;               // as they came
+  bool packed, ragged, projected, regularised;
+  int64_t T, B, I, H, P, D, G, heads;
+  size_t each;                        // parameters per direction
+  at::Tensor x;                       // as it came
+  std::vector<at::Tensor> states;     // [D, B, .]
   std::vector<Direction> directions;  // [D]
   std::vector<int64_t> sizes;         // packed: [T] rows of each step
 
-  LayerCall(CellKind cell_, const at::Tensor& x_, const at::Tensor& h0_, const at::Tensor& c0_,
-            at::TensorList params, const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
-            c10::DeviceType device)
-      : cell(cell_),
-        packed(batch_sizes.has_value()),
-        ragged(lengths.has_value()),
-        x(x_),
-        h0(h0_),
-        c0(c0_) {
+  LayerCall(const LayerArguments& a, c10::DeviceType device)
+      : shape(cell_shape(a.cell)),
+        cell(a.cell),
+        packed(a.batch_sizes.has_value()),
+        ragged(a.lengths.has_value()),
+        regularised(a.regularised()),
+        G(shape.input_gates),
+        heads(1),
+        each(kCommonParams + size_t(shape.own)),
+        x(a.x),
+        states(a.states) {
     TORCH_CHECK(x.device().type() == device, "x: expected a ", c10::DeviceTypeName(device),
                 " tensor, got ", x.device());
     TORCH_CHECK(x.dim() == (packed ? 2 : 3), "x: expected ", packed ? "[N, I]" : "[T, B, I]",
                 ", got ", x.sizes());
+    TORCH_CHECK(int(states.size()) == shape.states, "states: expected ", shape.states, " for ",
+                shape.name, ", got ", states.size());
+    const at::Tensor& h0 = states[0];
     TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2),
                 "h0: expected [1 or 2, B, P], got ", h0.sizes());
     I = x.size(-1);
     D = h0.size(0);
     P = h0.size(2);
-    G = gates_of(cell);
-    each = int64_t(params.size()) / D;
-    TORCH_CHECK(each * D == int64_t(params.size()) && each >= 2 && each <= 5,
-                "params: expected 2 to 5 per direction, got ", params.size(), " for ", D);
-    has_bias = each >= 4;
-    projected = each % 2 == 1;
+    TORCH_CHECK(a.params.size() == size_t(D) * each, "params: expected ", each,
+                " per direction for ", shape.name, ", got ", a.params.size(), " for ", D);
+    projected = a.params[4].defined();
     TORCH_CHECK(!projected || cell == CellKind::lstm, "params: only an LSTM has a projection");
-    H = projected ? params[size_t(each - 1)].size(-1) : P;
+    H = projected ? a.params[4].size(-1) : P;
     TORCH_CHECK(!projected || H > 0, "w_hr: expected [P, H] with H > 0, got H = 0");
     if (packed) {
-      TORCH_CHECK(!lengths, "lengths: not with batch_sizes");
-      read(*batch_sizes);
+      TORCH_CHECK(!a.lengths, "lengths: not with batch_sizes");
+      read(*a.batch_sizes);
     } else {
       T = x.size(0);
       B = x.size(1);
     }
-    if (lengths)
-      TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == B &&
-                      lengths->scalar_type() == at::kLong && lengths->device() == x.device(),
+    if (a.lengths)
+      TORCH_CHECK(a.lengths->dim() == 1 && a.lengths->size(0) == B &&
+                      a.lengths->scalar_type() == at::kLong && a.lengths->device() == x.device(),
                   "lengths: expected [B] = [", B, "] int64 on ", x.device(), ", got ",
-                  lengths->sizes(), " ", lengths->scalar_type(), " on ", lengths->device());
+                  a.lengths->sizes(), " ", a.lengths->scalar_type(), " on ", a.lengths->device());
     check("h0", h0, {D, B, P});
-    if (cell == CellKind::lstm) check("c0", c0, {D, B, H});
+    for (size_t k = 1; k < states.size(); k++) check(state_name(k), states[k], {D, B, H});
+    if (a.mask) {
+      TORCH_CHECK(a.mask->scalar_type() == at::kByte && a.mask->device() == x.device() &&
+                      a.mask->sizes() == rows_shape(D * H),
+                  "mask: expected uint8 ", rows_shape(D * H), " on ", x.device(), ", got ",
+                  a.mask->scalar_type(), " ", a.mask->sizes(), " on ", a.mask->device());
+    }
+    if (a.scale) check("scale", *a.scale, {D, B, P});
+    if (cell == CellKind::slstm) {
+      const at::Tensor& w_hh = a.params[1];
+      TORCH_CHECK(w_hh.defined() && w_hh.dim() == 3 && w_hh.size(0) > 0 && H % w_hh.size(0) == 0 &&
+                      D * w_hh.size(0) <= kMostDirections,
+                  "w_hh: expected [heads, 4*H/heads, H/heads] with at most ", kMostDirections / D,
+                  " heads, got ", w_hh.sizes());
+      heads = w_hh.size(0);
+    }
     for (int64_t d = 0; d < D; d++) {
-      const auto param = [&](int64_t i, const char* name, at::IntArrayRef shape) {
-        const at::Tensor& tensor = params[size_t(d * each + i)];
-        check(name, tensor, shape);
+      const auto param = [&](size_t i, const char* name, at::IntArrayRef expected) {
+        const at::Tensor& tensor = a.params[size_t(d) * each + i];
+        if (!tensor.defined()) return tensor;
+        check(name, tensor, expected);
         return tensor.contiguous();
       };
+      const auto needed = [&](const at::Tensor& tensor, const char* name) {
+        TORCH_CHECK(tensor.defined(), name, ": expected a tensor, got none");
+        return tensor;
+      };
+      const int64_t hidden = shape.hidden_gates;
       Direction w;
-      w.w_ih = param(0, "w_ih", {G * H, I});
-      w.w_hh = param(1, "w_hh", {G * H, P});
-      if (has_bias) {
-        w.b_ih = param(2, "b_ih", {G * H});
-        w.b_hh = param(3, "b_hh", {G * H});
+      w.w_ih = needed(param(0, "w_ih", {G * H, I}), "w_ih");
+      std::vector<int64_t> w_hh_shape{hidden * H, P};
+      if (hidden == 0) w_hh_shape = {H};
+      if (cell == CellKind::slstm) w_hh_shape = {heads, hidden * H / heads, H / heads};
+      w.w_hh = needed(param(1, "w_hh", w_hh_shape), "w_hh");
+      w.b_ih = param(2, "b_ih", {G * H});
+      w.b_hh = param(3, "b_hh", {(hidden > 0 ? hidden : 1) * H});
+      w.w_hr = param(4, "w_hr", {P, H});
+      for (size_t i = 0; i < size_t(shape.own); i++) {
+        const int gates = shape.own_gates[i];
+        const int64_t rows = (gates > 0 ? gates : i == 0 ? G : hidden) * H;
+        w.own.push_back(gates > 0 ? param(kCommonParams + i, "own", {rows})
+                                  : needed(param(kCommonParams + i, "own", {rows, H}), "own"));
+        if (shape.rows && i % 2 == 0) needed(w.own.back(), "gain");
+        if (shape.mid == 0 && !shape.rows) needed(w.own.back(), "own");
       }
-      if (projected) w.w_hr = param(each - 1, "w_hr", {P, H});
       directions.push_back(w);
     }
+    if (heads > 1) part_heads();
+  }
+
+  static const char* state_name(size_t k) {
+    constexpr const char* kNames[kMostStates] = {"h0", "c0", "n0 or d0", "m0"};
+    return kNames[k];
+  }
+
+  // A tensor per direction [D, B, H] as it is outside <-> with heads as directions.
+  at::Tensor with_heads(const at::Tensor& tensor) const {
+    if (heads == 1) return tensor;
+    return tensor.reshape({D / heads, B, heads, H}).permute({0, 2, 1, 3}).reshape({D, B, H});
+  }
+  at::Tensor without_heads(const at::Tensor& tensor) const {
+    if (heads == 1) return tensor;
+    return tensor.reshape({D / heads, heads, B, H})
+        .permute({0, 2, 1, 3})
+        .reshape({D / heads, B, heads * H});
   }
 
   void check(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) const {
@@ -101,17 +150,18 @@ class LayerCall {
   }
 
   // What backward is given besides. y and the gradients may have any strides.
-  void check_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                      const OptionalTensor& dc_n, const at::Tensor& y,
-                      const at::Tensor& reserve) const {
+  void check_backward(const BackwardArguments& back) const {
     const std::vector<int64_t> y_shape = rows_shape(D * P);
-    check("y", y, y_shape);
-    if (dy) check("dy", *dy, y_shape);
-    if (dh_n) check("dh_n", *dh_n, {D, B, P});
-    if (dc_n && cell == CellKind::lstm) check("dc_n", *dc_n, {D, B, H});
-    if (saved_of(cell) > 0) {
-      check("reserve", reserve, reserve_shape());
-      TORCH_CHECK(reserve.is_contiguous(), "reserve: expected it as forward returned it");
+    check("y", back.y, y_shape);
+    if (back.dy) check("dy", *back.dy, y_shape);
+    TORCH_CHECK(back.dstates.size() == states.size(), "gradients of states: expected ",
+                states.size(), ", got ", back.dstates.size());
+    for (size_t k = 0; k < states.size(); k++)
+      if (back.dstates[k])
+        check(state_name(k), *back.dstates[k], {D / heads, B, (k == 0 ? P : H) * heads});
+    if (reserve_width(shape, regularised, H) > 0) {
+      check("reserve", back.reserve, reserve_shape());
+      TORCH_CHECK(back.reserve.is_contiguous(), "reserve: expected it as forward returned it");
     }
   }
 
@@ -123,11 +173,34 @@ class LayerCall {
     return packed ? std::vector<int64_t>{x.size(0), n} : std::vector<int64_t>{T, B, n};
   }
 
+  bool reserves() const { return reserve_width(shape, regularised, 1) > 0; }
   std::vector<int64_t> reserve_shape() const {
-    return {rows_of_x(), D * saved_of(cell) * ((H + 15) / 16 * 16)};
+    return {rows_of_x(), D * reserve_width(shape, regularised, H)};
   }
 
  private:
+  // From here on a head is a direction.
+  void part_heads() {
+    const int64_t N = heads;
+    D *= N, H /= N, P /= N;
+    for (at::Tensor& state : states) state = with_heads(state);
+    std::vector<Direction> parted;
+    for (const Direction& w : directions)
+      for (int64_t n = 0; n < N; n++) {
+        const auto part = [&](const at::Tensor& tensor, int64_t columns) {
+          return tensor.defined() ? tensor.view({G, N, H, columns}).select(1, n).contiguous()
+                                  : tensor;
+        };
+        Direction of;
+        of.w_ih = part(w.w_ih, I);
+        of.w_hh = w.w_hh.select(0, n).contiguous();
+        of.b_ih = part(w.b_ih, 1);
+        of.b_hh = part(w.b_hh, 1);
+        parted.push_back(of);
+      }
+    directions = parted;
+  }
+
   // T, B and the sizes of a packed batch.
   void read(const at::Tensor& batch_sizes) {
     const at::Tensor tensor = batch_sizes.contiguous();

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cells.h"
+
 namespace seqkern {
 
 struct bf16 {
@@ -19,7 +21,8 @@ struct f16 {
 };
 
 enum class Dtype { f32, f64, bf16, f16 };
-enum class CellKind { rnn_tanh, rnn_relu, gru, lstm };
+
+constexpr int kMostDirections = 64;  // heads of both directions
 
 // Where the rows of a (padded, ragged or packed) batch of sequences lie.
 struct Sequence {
@@ -37,53 +40,75 @@ struct RowTensor {
   int64_t stride;       // elements from one batch row to the next
 };
 
-struct Weights {     // of one direction, in PyTorch's layout; contiguous
-  const void* w_ih;  // [G*H, I]
-  const void* w_hh;  // [G*H, P]
-  const void* b_ih;  // [G*H] or null
-  const void* b_hh;  // [G*H] or null
-  const void* w_hr;  // [P, H] or null
+struct Weights {              // of one direction, in PyTorch's layout; contiguous
+  const void* w_ih;           // [G*H, I]
+  const void* w_hh;           // [G*H, P], or [H]
+  const void* b_ih;           // [G*H] or null
+  const void* b_hh;           // [G*H] or null
+  const void* w_hr;           // [P, H] or null
+  const void* own[kMostOwn];  // the cell's own (cells.h); null where there is none
 };
 
-struct WeightGradients {  // overwritten
-  void* w_ih;             // [G*H, I]
-  void* w_hh;             // [G*H, P]
-  void* b_ih;             // [G*H] or null
-  void* b_hh;             // [G*H] or null
-  void* w_hr;             // [P, H] or null
+struct WeightGradients {  // overwritten; null where the weight is
+  void* w_ih;
+  void* w_hh;
+  void* b_ih;
+  void* b_hh;
+  void* w_hr;
+  void* own[kMostOwn];
+};
+
+// What regularisers do within the recurrence.
+struct Regularisers {
+  bool on;            // anything but `scale`
+  RowTensor mask;     // bytes, rows of D*H: bit 0 keeps h, bit 1 the other states, bit 2 drops the
+                      // candidate. May be absent
+  const void* scale;  // [D, B, P]: multiplies h where it enters a product; may be null
+  double keep_h, keep_c;        // without a mask: how much of the state before is kept
+  double candidate_scale;       // of a candidate that a mask does not drop
+  double cell_clip, proj_clip;  // bounds of the cell state, of the projected h; infinity: none
 };
 
 struct LayerParams {
   CellKind cell;
   Dtype dtype;
   int64_t I, H, P, D;
+  int64_t reverse;  // directions from this one on run from the last step to the first
   int threads;
   Sequence seq;
-  Weights weights[2];  // [D]
-  RowTensor x;         // rows of I
-  RowTensor y;         // rows of D*P
-  const void* h0;      // [D, B, P]
-  const void* c0;      // [D, B, H], LSTM only
-  void* reserve;       // [rows, D, S*Hp]: what backward needs; null: not kept
-  void* scratch;       // as many bytes as the *_scratch function asked for, 64-byte aligned
+  Weights weights[kMostDirections];     // [D]
+  RowTensor x;                          // rows of I
+  RowTensor y;                          // rows of D*P
+  const void* h0;                       // [D, B, P]
+  const void* state0[kMostStates - 1];  // [D, B, H]: c, ...
+  void* reserve;  // [rows, D, reserve_width]: what backward needs; null: not kept
+  void* scratch;  // as many bytes as the *_scratch function asked for, 64-byte aligned
+  Regularisers regularisers;
+  double eps;  // of normalised rows
 };
 
-// Forward overwrites y at every row alive, h_n, c_n and reserve.
+// Elements of the reserve per row and direction.
+inline int64_t reserve_width(const CellShape& shape, bool regularised, int64_t H) {
+  return saved_values(shape, regularised) * ((H + 15) / 16 * 16) +
+         (shape.rows ? kStatisticsElements : 0);
+}
+
+// Forward overwrites y at every row alive, h_n, state_n and reserve.
 struct ForwardParams : LayerParams {
-  void* h_n;  // [D, B, P]
-  void* c_n;  // [D, B, H], LSTM only
+  void* h_n;                       // [D, B, P]
+  void* state_n[kMostStates - 1];  // [D, B, H]
 };
 
 // Backward overwrites everything below; rows of dx that are not alive are left alone.
 struct BackwardParams : LayerParams {
-  RowTensor dy;      // rows of D*P; absent: zero
-  const void* dh_n;  // [D, B, P]; null: zero
-  const void* dc_n;  // [D, B, H]; null: zero
-  RowTensor dx;      // rows of I; absent: not wanted
-  void* dh0;         // [D, B, P]
-  void* dc0;         // [D, B, H], LSTM only
+  RowTensor dy;                           // rows of D*P; absent: zero
+  const void* dh_n;                       // [D, B, P]; null: zero
+  const void* dstate_n[kMostStates - 1];  // [D, B, H]; null: zero
+  RowTensor dx;                           // rows of I; absent: not wanted
+  void* dh0;                              // [D, B, P]
+  void* dstate0[kMostStates - 1];         // [D, B, H]
   bool need_dweights;
-  WeightGradients dweights[2];  // [D]
+  WeightGradients dweights[kMostDirections];  // [D]
 };
 
 // ---- attention ----------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import seqkern
 State = Tensor | tuple[Tensor, Tensor] | None
 Results = dict[str, Tensor]
 Call = Callable[[nn.Module, Tensor, Any], Any]
+Nudge = Callable[[Tensor], Tensor]
 
 FLOOR_ULPS = 4
 NEARBY = 16
@@ -142,7 +143,28 @@ def doubled(state: Any) -> Any:
 
 def errors_nearby(theirs: nn.Module, x: Tensor, hx: State, call: Call | None) -> dict[str, float]:
     """torch.nn's largest error in each result, of NEARBY draws in which x, hx and weights move by an ulp."""
-    dtype = x.dtype
+
+    def draw(nudged: Nudge, working: torch.dtype, seed: int) -> tuple[Results, Results]:
+        layer = copy.deepcopy(theirs).to(working)
+        for weight, given in zip(layer.parameters(), theirs.parameters(), strict=True):
+            weight.data = nudged(given)
+        x_, hx_ = nudged(x), None if hx is None else tuple(nudged(state) for state in flat(hx))
+        hx_ = hx_[0] if isinstance(hx, Tensor) else hx_
+        same = dict(seed=seed, call=call, rounded=working)
+        exact = evaluate(copy.deepcopy(layer).double(), doubled(x_), doubled(hx_), **same)
+        return evaluate(layer, x_, hx_, **same), exact
+
+    return largest_errors(draw, x.dtype)
+
+
+def largest_errors(
+    draw: Callable[[Nudge, torch.dtype, int], tuple[Results, Results]], dtype: torch.dtype
+) -> dict[str, float]:
+    """The largest error in each result, of NEARBY draws, in proportion to dtype's precision.
+
+    `draw` takes what moves a tensor by an ulp of the working dtype, that dtype, and the draw's number; it
+    returns results in that dtype and the same in float64.
+    """
     working = torch.float32 if dtype is torch.float64 else dtype
     eps = torch.finfo(working).eps
     generator = torch.Generator().manual_seed(2)
@@ -153,14 +175,8 @@ def errors_nearby(theirs: nn.Module, x: Tensor, hx: State, call: Call | None) ->
 
     largest: dict[str, float] = {}
     for seed in range(NEARBY):
-        layer = copy.deepcopy(theirs).to(working)
-        for weight, given in zip(layer.parameters(), theirs.parameters(), strict=True):
-            weight.data = nudged(given)
-        x_, hx_ = nudged(x), None if hx is None else tuple(nudged(state) for state in flat(hx))
-        hx_ = hx_[0] if isinstance(hx, Tensor) else hx_
-        same = dict(seed=seed, call=call, rounded=working)
-        exact = evaluate(copy.deepcopy(layer).double(), doubled(x_), doubled(hx_), **same)
-        for name, y in evaluate(layer, x_, hx_, **same).items():
+        got, exact = draw(nudged, working, seed)
+        for name, y in got.items():
             error = (y.double() - exact[name]).abs().max().item() if y.numel() else 0.0
             largest[name] = max(largest.get(name, 0.0), error * torch.finfo(dtype).eps / eps)
     return largest

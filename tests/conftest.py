@@ -113,3 +113,25 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(why)
     with seqkern.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of OpenMP threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def instruction_sets() -> list[str]:
+    return list(_extension._C.instruction_sets()) if _extension.AVAILABLE else ["none built"]
+
+
+@pytest.fixture
+def instruction_set(request: pytest.FixtureRequest, cpu_backend: str) -> Iterator[str]:
+    """Forces one instruction set, and puts back the one before."""
+    before = _extension._C.instruction_set()
+    _extension._C.set_instruction_set(request.param)
+    assert _extension._C.instruction_set() == request.param
+    yield request.param
+    _extension._C.set_instruction_set(before)

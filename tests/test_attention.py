@@ -36,7 +36,8 @@ from seqkern import _extension
 from seqkern.ops import _attention
 from seqkern.ops.attention import attention
 from seqkern.reference import attention as reference
-from seqkern.reference.attention import dropout_keep, philox
+from seqkern.reference._philox import philox
+from seqkern.reference.attention import dropout_keep
 
 attend = seqkern.scaled_dot_product_attention
 NAN = math.nan

@@ -26,7 +26,7 @@ from seqkern.train.corpus import (
     standard_library,
 )
 from seqkern.train.progress import Progress
-from seqkern.train.tbptt import TruncatedBPTT, map_state
+from seqkern.train.tbptt import TruncatedBPTT, detach_state, map_state, reset_state
 
 
 def some_texts(n=40):
@@ -243,6 +243,47 @@ def test_map_state_keeps_the_structure():
     assert torch.equal(map_state(torch.neg, h), -h)
     mapped = map_state(torch.neg, (h, c))
     assert isinstance(mapped, tuple) and torch.equal(mapped[1], -c)
+
+
+def test_detach_and_reset_state():
+    h = torch.randn(2, 3, 4, requires_grad=True)
+    state = (h * 2, (h * 3,))
+    detached = detach_state(state)
+    assert not detached[0].requires_grad and torch.equal(detached[1][0], state[1][0])
+    fresh = reset_state(state, torch.tensor([False, True, False]))
+    assert (fresh[0][:, 1] == 0).all() and torch.equal(fresh[1][0][:, [0, 2]], state[1][0][:, [0, 2]])
+    (dh,) = torch.autograd.grad(fresh[0].sum(), h)
+    assert (dh[:, 1] == 0).all() and (dh[:, 0] == 2).all()
+
+
+@pytest.mark.parametrize("layer", [seqkern.SLSTM, seqkern.GRU, seqkern.LayerNormLSTM])
+def test_tbptt_of_any_cell_and_loss(layer):
+    """A window's gradients are those from its detached initial state, whatever the loss; rows that are reset
+    begin from zeros, inside the window and at its edge."""
+    torch.manual_seed(0)
+    model = layer(3, 4)
+    trainer = TruncatedBPTT(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), clip=1e9, loss=nn.functional.mse_loss
+    )
+    x, y = torch.randn(4, 2, 3), torch.randn(4, 2, 4)
+    first = trainer.step(x, y)
+    assert first == pytest.approx(nn.functional.mse_loss(model(x)[0], y).item())
+    carried = trainer.state
+    assert all(not s.requires_grad for s in (carried if isinstance(carried, tuple) else (carried,)))
+    trainer.step(x, y)
+    grads = [w.grad.clone() for w in model.parameters()]
+    expected = torch.autograd.grad(nn.functional.mse_loss(model(x, carried)[0], y), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+    reset = torch.tensor([True, False])
+    trainer.state = carried
+    assert trainer.step(x, y, reset=reset) != trainer.step(x, y)
+    trainer.state = carried
+    both = torch.zeros(4, 2, dtype=torch.bool)
+    both[0] = True
+    assert trainer.step(x, y, reset=both) == pytest.approx(first)
+    trainer.state = carried
+    assert trainer.step(x, y, reset=torch.tensor([True, True])) == pytest.approx(first)
 
 
 # ---- evaluation and sampling ----------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 import multiprocessing
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import DTYPES, KINDS, Case, our_layer
 from compare import Results, agree, check_parity, evaluate, packed_call, same_bits
+from conftest import instruction_sets
 from test_cells import cell_inputs, our_cell, torch_cell
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -33,14 +33,6 @@ def some_cases(dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[Case]:
     return cases
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts the number of OpenMP threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("case", some_cases(), ids=str)
 def test_one_thread_and_two(case: Case, backend: str, threads: None) -> None:
     """Each number of threads gives its bits again at every call, and the other's numbers."""
@@ -54,20 +46,6 @@ def test_one_thread_and_two(case: Case, backend: str, threads: None) -> None:
         runs[n] = results
     agree(runs[2], runs[1], TOLERANCE[case.dtype], f"{case} on 2 threads against 1")
     agree(runs[3], runs[1], TOLERANCE[case.dtype], f"{case} on 3 threads against 1")
-
-
-def instruction_sets() -> list[str]:
-    return list(_extension._C.instruction_sets()) if _extension.AVAILABLE else ["none built"]
-
-
-@pytest.fixture
-def instruction_set(request: pytest.FixtureRequest, cpu_backend: str) -> Iterator[str]:
-    """Forces one instruction set, and puts back the one before."""
-    before = _extension._C.instruction_set()
-    _extension._C.set_instruction_set(request.param)
-    assert _extension._C.instruction_set() == request.param
-    yield request.param
-    _extension._C.set_instruction_set(before)
 
 
 each_set = pytest.mark.parametrize("instruction_set", instruction_sets(), indirect=True)

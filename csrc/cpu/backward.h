@@ -3,7 +3,8 @@
 // parallel region:
 //   1  the recurrence the other way round: dh_t, dc_t -> dpre_t;
 //      dh_{t-1} = W_hh' dpre_t + what goes past W_hh.
-//      Tasks and members as in forward. Writes dpre [rows of the chunk, kSlots*H].
+//      Tasks and members as in forward. Writes dpre [rows of the chunk, planes of H]: the gradients
+//      of the pre-activations, then what is summed over all rows for a cell's own parameters.
 //   2  dx = dpre W_ih, by rows; dW_ih += dpre' x, dW_hh += dpre' h_prev, db += sum dpre, by rows of
 //      dW: every sum is made in the order of the rows, so the number of threads changes no bit.
 // A chunk's dpre is read while it is still in cache, and all of it together is never in memory.
@@ -14,14 +15,16 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
-template <class S, template <class> class CellOf>
-struct Backward : Layer<S, CellOf> {
-  using Base = Layer<S, CellOf>;
-  using Base::B, Base::blocks, Base::D, Base::G, Base::H, Base::Hp, Base::I, Base::kBlocksPerPanel,
-      Base::kSaved, Base::kSlots, Base::L, Base::P, Base::Pp, Base::projected, Base::seq, Base::T;
+template <class S>
+struct Backward : Layer<S> {
+  using Base = Layer<S>;
+  using Base::apart, Base::B, Base::blocks, Base::cell, Base::D, Base::first, Base::G, Base::H,
+      Base::Hp, Base::I, Base::L, Base::P, Base::Pp, Base::projected, Base::saved_count,
+      Base::second, Base::seconds, Base::seq, Base::states, Base::T;
   using typename Base::A;
   using typename Base::C;
-  using typename Base::Cell;
+  using typename Base::Kept;
+  using typename Base::M;
   using typename Base::V;
 
   static constexpr int kPanel = kMaxNV * L;  // outputs of a full panel
@@ -33,7 +36,7 @@ struct Backward : Layer<S, CellOf> {
       2048 / int64_t(sizeof(A));  // a multiple of every kDeep: what belongs together stays so
 
   const BackwardParams& q;
-  const int64_t width;  // gradients in a row of dpre, one direction: kSlots * H
+  const int64_t width;  // numbers in a row of dpre, one direction: planes of H
   const int64_t ld;     // elements from one row to the next
   const int64_t rows;
   const int64_t round;  // rows per round of a weight gradient: short sums are rounded less, long
@@ -41,51 +44,80 @@ struct Backward : Layer<S, CellOf> {
   const int64_t chunks;
 
   struct Task {
-    C* dh;  // [slice rows][Pp]: gradient that reaches h from later steps
-    C* dc;  // [slice rows][Hp]
-    C* dm;  // [slice rows][Hp]: gradient of h before its projection
+    C* dh;                       // [slice rows][Pp]: gradient that reaches h from later steps
+    C* dpart;                    // [slice rows][Pp]: of h_in, if h is scaled
+    C* dstate[kMostStates - 1];  // [slice rows][Hp]
+    C* dm;                       // [slice rows][Hp]: gradient of h before its projection
+    C* dmid[kMostMid];           // [slice rows][Hp]
+    C* carry;                    // [slice rows][Hp], with second products
     Barrier* barrier;
   };
   struct Thread {
-    Rows<A> dpre;     // [slice rows] of G * H
+    Rows<A> dpre;     // [slice rows] of as many gates as a product has
     Rows<A> dh;       // [slice rows] of P, if projected
     Rows<A> dx_dpre;  // [kChunkRows] of kBlockK
     C* dx;            // [kChunkRows][round_up(I, kPanel)]
     A* a;             // [round_up(M part, kTile)][kBlockK]: packed dpre
     A* b;             // [kBlockK][kPanel]: packed rows of x or h
     C* out;           // [kTile][kPanel]
+    C* held;          // [G + 1][Hp], if rows are normalised
   };
   struct Memory {
-    A *w_ih[2], *w_hh[2], *w_hr[2];     // packed, [outputs I, P, H][k: dpre, dpre, dh]
-    A* dpre[2];                         // [chunk's rows][ld]
-    A* dh[2];                           // [chunk's rows][P], if projected: whole gradient of y
-    A* m[2];                            // [chunk's rows][H], if projected: h before its projection
+    // Packed, [outputs I, P, H, H][k: dpre, dpre, dh, dpre].
+    A *w_ih[kMostDirections], *w_hh[kMostDirections], *w_hr[kMostDirections];
+    A* w_second[kMostProducts][kMostDirections];
+    C* own[kMostDirections];            // as forward's
+    A* dpre[kMostDirections];           // [chunk's rows][ld]
+    A* dh[kMostDirections];             // [chunk's rows][P], if projected: whole gradient of y
+    A* m[kMostDirections];              // [chunk's rows][H], if projected: h before its projection
+    A* mid[kMostMid][kMostDirections];  // [chunk's rows][H]
     const S** x_row;                    // [rows]
     S** dx_row;                         // [rows]
-    const S** h_row[2];                 // [rows]: h_prev of direction d
-    const A** m_row[2];                 // [chunk's rows], if projected
-    C *dw_ih[2], *dw_hh[2], *dw_hr[2];  // sums, where S is narrower
-    C* db[2];                           // [width]: sums of dpre's columns
-    C* dx;                              // [rows][I]: the first direction's, where S is narrower
+    const S** h_row[kMostDirections];   // [rows]: h_prev of direction d
+    S* h_in[kMostDirections];           // [chunk's rows][P], if h is scaled
+    const S** h_in_row[kMostDirections];  // [chunk's rows], and so the next two
+    const A** m_row[kMostDirections];
+    const A** mid_row[kMostMid][kMostDirections];
+    C *dw_ih[kMostDirections], *dw_hh[kMostDirections], *dw_hr[kMostDirections];  // sums, where S
+    C* dw_second[kMostProducts][kMostDirections];                                 // is narrower
+    C* db[kMostDirections];  // [width]: sums of dpre's columns
+    C* dx;                   // [rows][I]: of the directions so far, where S is narrower
     Scratch rest;
   };
-  // The steps of one stage, and the rows that one direction meets in them. The bounds of the chunks
-  // lie evenly about the middle of the sequence, so the rows of two chunks, one of either
-  // direction, are the same or have none in common.
+  // The steps of one stage, and the rows that either way through time meets in them. The bounds of
+  // the chunks lie evenly about the middle of the sequence, so the rows of two chunks, one of
+  // either way, are the same or have none in common.
   struct Chunk {
     int64_t index, step_begin, step_end;
-    int64_t row[2], rows[2];  // of direction d: the first, and how many
+    int64_t row[2], rows[2];  // onwards, backwards: the first, and how many
     bool first, last;
   };
+
+  // Some blocks of some rows of one step.
+  struct Span {
+    const Memory& memory;
+    const Chunk& chunk;
+    const Task& task;
+    const Thread& mine;
+    int64_t d, t, n;  // n rows of the slice
+    Slice sorted;
+    int64_t u0, u1;  // blocks
+  };
+  using Gates = void (Backward::*)(const Span&) const;
+  Gates gates, begin_gates;  // the latter after the second products
 
   explicit Backward(const BackwardParams& params)
       : Base(params),
         q(params),
-        width(kSlots * H),
+        width((cell.slots + cell.sums) * H),
         ld(odd_lines<A>(width)),
         rows(seq.rows),
         round(rows <= 1024 ? 64 : kBlockK),
-        chunks(count_chunks()) {}
+        chunks(count_chunks()) {
+    choose_gates();
+  }
+
+  void choose_gates();  // gate_gradients.h
 
   int64_t count_chunks() const {
     int64_t most_rows = kChunkBytes / (D * ld * int64_t(sizeof(A)));
@@ -99,10 +131,10 @@ struct Backward : Layer<S, CellOf> {
 
   Chunk chunk(int64_t index) const {
     Chunk c{index, bound(index), bound(index + 1), {}, {}, index == 0, index == chunks - 1};
-    for (int64_t d = 0; d < D; d++) {
-      const int64_t begin = rows_before(d == 0 ? T - c.step_end : c.step_begin);
-      const int64_t end = rows_before(d == 0 ? T - c.step_begin : c.step_end);
-      c.row[d] = begin, c.rows[d] = end - begin;
+    for (int way = 0; way < 2; way++) {
+      const int64_t begin = rows_before(way == 0 ? T - c.step_end : c.step_begin);
+      const int64_t end = rows_before(way == 0 ? T - c.step_begin : c.step_end);
+      c.row[way] = begin, c.rows[way] = end - begin;
     }
     return c;
   }
@@ -110,67 +142,94 @@ struct Backward : Layer<S, CellOf> {
   int64_t slice_rows(const Plan& plan) const { return ceil_div(B, plan.slices); }
   int64_t unit_panels() const { return ceil_div(H, kPanel); }
   Plan plan(int threads) const {
-    return make_plan(q, threads, G * H * P * int64_t(sizeof(A)), unit_panels());
+    return make_plan(q, threads, cell.hidden_gates * H * P * int64_t(sizeof(A)), unit_panels());
+  }
+
+  // Gates that a product's rows of dpre have at most.
+  int most_gates() const {
+    int most = first.gates;
+    for (int i = 0; i < seconds; i++)
+      if (second[i].gates > most) most = second[i].gates;
+    return most;
+  }
+
+  // n rows, and where each of them lies.
+  template <class T_>
+  static void take_rows(Scratch& scratch, T_*& data, const T_**& row, int64_t n, int64_t length) {
+    data = scratch.take<T_>(n * length);
+    row = scratch.take<const T_*>(n);
+    for (int64_t i = 0; scratch.base && i < n; i++) row[i] = data + i * length;
   }
 
   Memory carve_shared(char* base) const {
     Memory memory{};
     Scratch scratch{base};
-    for (int64_t d = 0; d < D; d++) {
-      memory.w_hh[d] = scratch.take<A>(ceil_div(P, kPanel) * panel_size<A>(G * H, kMaxNV));
-      if (q.dx.data)
-        memory.w_ih[d] = scratch.take<A>(ceil_div(I, kPanel) * panel_size<A>(G * H, kMaxNV));
-      if (projected)
-        memory.w_hr[d] = scratch.take<A>(ceil_div(H, kPanel) * panel_size<A>(P, kMaxNV));
-      memory.h_row[d] = scratch.take<const S*>(rows);
-      if (q.need_dweights && !__is_same(S, C)) {
-        memory.dw_ih[d] = scratch.take<C>(G * H * I);
-        memory.dw_hh[d] = scratch.take<C>(G * H * P);
-        if (projected) memory.dw_hr[d] = scratch.take<C>(P * H);
-      }
-    }
-    memory.x_row = scratch.take<const S*>(rows);
-    memory.dx_row = scratch.take<S*>(rows);
+    const auto packed = [&](int64_t outputs, int64_t K) {
+      return scratch.take<A>(ceil_div(outputs, kPanel) * panel_size<A>(K, kMaxNV));
+    };
+    const bool sums = q.need_dweights && !__is_same(S, C);
     int64_t chunk_rows = 0;
     for (int64_t k = 0; k < chunks; k++)
       if (chunk(k).rows[0] > chunk_rows) chunk_rows = chunk(k).rows[0];
     for (int64_t d = 0; d < D; d++) {
+      if (first.gates > 0) memory.w_hh[d] = packed(P, first.gates * H);
+      if (q.dx.data) memory.w_ih[d] = packed(I, G * H);
+      if (projected) memory.w_hr[d] = packed(H, P);
+      for (int i = 0; i < seconds; i++) memory.w_second[i][d] = packed(H, second[i].gates * H);
+      if (this->own_count() > 0) memory.own[d] = scratch.take<C>(Hp * this->own_count());
+      memory.h_row[d] = scratch.take<const S*>(rows);
+      if (sums) {
+        memory.dw_ih[d] = scratch.take<C>(G * H * I);
+        if (first.gates > 0) memory.dw_hh[d] = scratch.take<C>(first.gates * H * P);
+        if (projected) memory.dw_hr[d] = scratch.take<C>(P * H);
+        for (int i = 0; i < seconds; i++)
+          memory.dw_second[i][d] = scratch.take<C>(second[i].gates * H * H);
+      }
       memory.dpre[d] = scratch.take<A>(chunk_rows * ld);
       if (q.need_dweights) memory.db[d] = scratch.take<C>(round_up(width, L));
       if (projected) {
         memory.dh[d] = scratch.take<A>(chunk_rows * P);
-        memory.m[d] = scratch.take<A>(chunk_rows * H);
-        memory.m_row[d] = scratch.take<const A*>(chunk_rows);
-        if (base)
-          for (int64_t i = 0; i < chunk_rows; i++) memory.m_row[d][i] = memory.m[d] + i * H;
+        take_rows(scratch, memory.m[d], memory.m_row[d], chunk_rows, H);
       }
+      for (int i = 0; i < cell.mid; i++)
+        take_rows(scratch, memory.mid[i][d], memory.mid_row[i][d], chunk_rows, H);
+      if (q.regularisers.scale)
+        take_rows(scratch, memory.h_in[d], memory.h_in_row[d], chunk_rows, P);
     }
-    if (q.dx.data && D == 2 && !__is_same(S, C)) memory.dx = scratch.take<C>(rows * I);
+    memory.x_row = scratch.take<const S*>(rows);
+    memory.dx_row = scratch.take<S*>(rows);
+    if (q.dx.data && D > 1 && !__is_same(S, C)) memory.dx = scratch.take<C>(rows * I);
     memory.rest = scratch;
     return memory;
   }
 
   Task carve_task(Scratch& scratch, const Plan& plan) const {
     Task task{};
-    task.dh = scratch.take<C>(slice_rows(plan) * Pp);
-    if (Cell::kHasC) task.dc = scratch.take<C>(slice_rows(plan) * Hp);
-    if (projected) task.dm = scratch.take<C>(slice_rows(plan) * Hp);
+    const int64_t n = slice_rows(plan);
+    task.dh = scratch.take<C>(n * Pp);
+    if (q.regularisers.scale) task.dpart = scratch.take<C>(n * Pp);
+    for (int k = 0; k < states; k++) task.dstate[k] = scratch.take<C>(n * Hp);
+    if (projected) task.dm = scratch.take<C>(n * Hp);
+    for (int i = 0; i < cell.mid; i++) task.dmid[i] = scratch.take<C>(n * Hp);
+    if (cell.mid > 0) task.carry = scratch.take<C>(n * Hp);
     task.barrier = scratch.take<Barrier>(1);
     return task;
   }
 
   Thread carve_thread(Scratch& scratch, const Plan& plan) const {
     Thread thread{};
-    thread.dpre = Rows<A>::carve(scratch, slice_rows(plan), G * H);
+    thread.dpre = Rows<A>::carve(scratch, slice_rows(plan), most_gates() * H);
     thread.dh = Rows<A>::carve(scratch, projected ? slice_rows(plan) : 0, P);
     thread.dx_dpre = Rows<A>::carve(scratch, q.dx.data ? kChunkRows : 0, kBlockK);
     thread.dx = scratch.take<C>(q.dx.data ? kChunkRows * round_up(I, kPanel) : 0);
     if (q.need_dweights) {
-      thread.a =
-          scratch.take<A>(ceil_div(G * H > P ? G * H : P, kTile) * packed_tile_size<A>(kBlockK));
+      const int gates = G > most_gates() ? G : most_gates();
+      thread.a = scratch.take<A>(ceil_div(gates * H > P ? gates * H : P, kTile) *
+                                 packed_tile_size<A>(kBlockK));
       thread.b = scratch.take<A>(kBlockK * kPanel);
       thread.out = scratch.take<C>(kTile * kPanel);
     }
+    if (cell.rows) thread.held = scratch.take<C>((G + 1) * Hp);
     return thread;
   }
 
@@ -204,11 +263,16 @@ struct Backward : Layer<S, CellOf> {
     parallel(q.threads, [&](int thread, int threads) {
       for (int64_t d = 0; d < D; d++) {
         const Weights& w = q.weights[d];
-        pack_columns(memory.w_hh[d], (const S*)w.w_hh, G * H, P, 0, thread, threads);
+        if (first.gates > 0)
+          pack_columns(memory.w_hh[d], (const S*)w.w_hh, first.gates * H, P, 0, thread, threads);
         if (q.dx.data)
-          pack_columns(memory.w_ih[d], (const S*)w.w_ih, G * H, I, kSlots > G ? (G - 1) * H : 0,
-                       thread, threads);
+          pack_columns(memory.w_ih[d], (const S*)w.w_ih, G * H, I, cell.rotation * H, thread,
+                       threads);
         if (projected) pack_columns(memory.w_hr[d], (const S*)w.w_hr, P, H, 0, thread, threads);
+        for (int i = 0; i < seconds; i++)
+          pack_columns(memory.w_second[i][d], this->second_weight(d, i), second[i].gates * H, H,
+                       second[i].rotation * H, thread, threads);
+        if (thread == d % threads) this->make_own(memory.own[d], w);
       }
       for (int64_t t = part_begin(T, thread, threads); t < part_begin(T, thread + 1, threads); t++)
         for (int64_t j = 0; j < seq.active[t]; j++) {
@@ -266,7 +330,7 @@ struct Backward : Layer<S, CellOf> {
 
   // Where row j of step t lies among the chunk's rows.
   int64_t in_chunk(const Chunk& chunk, int64_t d, int64_t t, int64_t j) const {
-    return seq.first[t] + j - chunk.row[d];
+    return seq.first[t] + j - chunk.row[this->backwards(d)];
   }
 
   void run_task(const Memory& memory, const Chunk& chunk, const Plan& plan, const Task& task,
@@ -276,52 +340,86 @@ struct Backward : Layer<S, CellOf> {
     const int64_t panel_end = part_begin(unit_panels(), member + 1, plan.members);
     const int64_t block_begin = panel_begin * kMaxNV;
     const int64_t block_end = panel_end * kMaxNV < blocks ? panel_end * kMaxNV : blocks;
-    const auto sorted = [&](int64_t i) { return i * slices + slice; };
+    const Slice sorted{slices, slice};
     const int64_t n_rows = slice < B ? ceil_div(B - slice, slices) : 0;
+    const bool backwards = this->backwards(d);
+    // A task of one member owns all of h; members own their blocks of it (P == H then).
+    const int64_t h_block_begin = projected ? 0 : block_begin;
+    const int64_t h_block_end = projected ? ceil_div(P, L) : block_end;
 
     for (int64_t i = 0; chunk.first && i < n_rows; i++) {
       const int64_t row = d * B + seq.row[sorted(i)];
-      // A task of one member owns all of h; members own their blocks of it (P == H then).
-      for (int64_t u = projected ? 0 : block_begin; u < (projected ? ceil_div(P, L) : block_end);
-           u++)
+      for (int64_t u = h_block_begin; u < h_block_end; u++)
         store(task.dh + i * Pp + u * L,
               q.dh_n ? load_first((const S*)q.dh_n + row * P + u * L, P - u * L) : V{});
-      if constexpr (Cell::kHasC)
+      for (int k = 0; k < states; k++)
         for (int64_t u = block_begin; u < block_end; u++)
-          store(task.dc + i * Hp + u * L,
-                q.dc_n ? load_first((const S*)q.dc_n + row * H + u * L, H - u * L) : V{});
+          store(task.dstate[k] + i * Hp + u * L,
+                q.dstate_n[k] ? load_first((const S*)q.dstate_n[k] + row * H + u * L, H - u * L)
+                              : V{});
     }
 
+    const auto meet = [&] {
+      if (plan.members > 1) task.barrier->wait(int(plan.members));
+    };
     for (int64_t step = chunk.step_begin; step < chunk.step_end; step++) {
-      const int64_t t = d == 0 ? T - 1 - step : step;
+      const int64_t t = backwards ? step : T - 1 - step;
       const int64_t n = this->alive(t, slice, slices);
       if (n == 0) continue;
+      const Span span{memory, chunk, task, mine, d, t, n, sorted, block_begin, block_end};
+      const auto take_dpre = [&](const Product& product) {
+        for (int64_t i = 0; i < n; i++)
+          mine.dpre.set(i,
+                        memory.dpre[d] + in_chunk(chunk, d, t, sorted(i)) * ld + product.plane * H,
+                        product.gates * H);
+      };
       if (projected) unproject(memory, chunk, task, mine, d, t, n, sorted);
-      for (int64_t i = 0; i < n; i++) {
-        const int64_t j = sorted(i);
-        const S* dy =
-            q.dy.data && !projected ? this->template row_of<const S>(q.dy, t, j) + d * P : nullptr;
-        for (int64_t u = block_begin; u < block_end; u++)
-          gates(memory, chunk, task, d, t, i, j, u, dy);
+      (this->*gates)(span);
+      // A member's blocks of units are also its blocks of h, and of what is in the middle.
+      if (cell.mid > 0) {
+        meet();
+        for (int i = 0; i < seconds; i++) {
+          take_dpre(second[i]);
+          multiply(memory.w_second[i][d], second[i].gates * H, H, panel_begin, panel_end, step % 2,
+                   mine.dpre, n, task.dmid[i], Hp, false);
+        }
+        (this->*begin_gates)(span);
       }
-      if (plan.members > 1) task.barrier->wait(int(plan.members));
-      for (int64_t i = 0; i < n; i++)
-        mine.dpre.set(i, memory.dpre[d] + in_chunk(chunk, d, t, sorted(i)) * ld + (kSlots - G) * H,
-                      G * H);
-      // dh += W_hh' dpre. A member's blocks of units are also its blocks of h.
+      meet();
+      if (first.gates == 0) continue;
+      if (q.regularisers.scale)
+        for (int64_t i = 0; i < n; i++) {
+          const int64_t j = sorted(i), at = in_chunk(chunk, d, t, j) * P;
+          const S *h = memory.h_row[d][seq.first[t] + j], *scale = this->scale_of(d, j);
+          for (int64_t k = h_block_begin * L; k < h_block_end * L; k += L)
+            store_first(memory.h_in[d] + at + k,
+                        load_first(h + k, P - k) * load_first(scale + k, P - k), P - k);
+        }
+      // dh += W_hh' dpre
+      take_dpre(first);
       const int64_t h_begin = projected ? 0 : panel_begin;
       const int64_t h_end = projected ? ceil_div(P, kPanel) : panel_end;
-      multiply(memory.w_hh[d], G * H, P, h_begin, h_end, step % 2, mine.dpre, n, task.dh, Pp, true);
+      multiply(memory.w_hh[d], first.gates * H, P, h_begin, h_end, step % 2, mine.dpre, n,
+               q.regularisers.scale ? task.dpart : task.dh, Pp, !q.regularisers.scale);
+      if (!q.regularisers.scale) continue;
+      for (int64_t i = 0; i < n; i++) {
+        const S* scale = this->scale_of(d, sorted(i));
+        for (int64_t u = h_block_begin; u < h_block_end; u++) {
+          C* dh = task.dh + i * Pp + u * L;
+          store(dh, load(dh) +
+                        load(task.dpart + i * Pp + u * L) * load_first(scale + u * L, P - u * L));
+        }
+      }
     }
 
     for (int64_t i = 0; chunk.last && i < n_rows; i++) {
       const int64_t row = d * B + seq.row[sorted(i)];
-      for (int64_t u = projected ? 0 : block_begin; u < (projected ? ceil_div(P, L) : block_end);
-           u++)
+      for (int64_t u = h_block_begin; u < h_block_end; u++)
         store_first((S*)q.dh0 + row * P + u * L, load(task.dh + i * Pp + u * L), P - u * L);
-      if constexpr (Cell::kHasC)
+      for (int k = 0; k < states; k++)
         for (int64_t u = block_begin; u < block_end; u++)
-          store_first((S*)q.dc0 + row * H + u * L, load(task.dc + i * Hp + u * L), H - u * L);
+          store_first((S*)q.dstate0[k] + row * H + u * L, load(task.dstate[k] + i * Hp + u * L),
+                      H - u * L);
     }
   }
 
@@ -348,9 +446,9 @@ struct Backward : Layer<S, CellOf> {
 
   // dh (all of it) -> memory.dh, task.dm = W_hr' dh; task.dh becomes 0: what is left goes through
   // W_hh alone.
-  template <class Sorted>
   void unproject(const Memory& memory, const Chunk& chunk, const Task& task, const Thread& mine,
-                 int64_t d, int64_t t, int64_t n, const Sorted& sorted) const {
+                 int64_t d, int64_t t, int64_t n, const Slice& sorted) const {
+    const Regularised<V> bounded{V{}, V{} + C(q.regularisers.proj_clip)};
     for (int64_t i = 0; i < n; i++) {
       const int64_t j = sorted(i);
       A* dh = memory.dh[d] + in_chunk(chunk, d, t, j) * P;
@@ -358,6 +456,10 @@ struct Backward : Layer<S, CellOf> {
         V sum = load(task.dh + i * Pp + u * L);
         if (q.dy.data)
           sum += load_first(this->template row_of<const S>(q.dy, t, j) + d * P + u * L, P - u * L);
+        if (q.regularisers.on)
+          sum = bounded.clip_gradient(
+              load_first(this->template row_of<const S>(q.y, t, j) + d * P + u * L, P - u * L),
+              sum);
         store_first(dh + u * L, sum, P - u * L);
         store(task.dh + i * Pp + u * L, V{});
       }
@@ -366,52 +468,39 @@ struct Backward : Layer<S, CellOf> {
     multiply(memory.w_hr[d], P, H, 0, unit_panels(), false, mine.dh, n, task.dm, Hp, false);
   }
 
-  // From dh and dc to dpre of block u of one row; dh becomes what goes past W_hh, dc that of
-  // c_prev.
-  SEQKERN_INLINE void gates(const Memory& memory, const Chunk& chunk, const Task& task, int64_t d,
-                            int64_t t, int64_t i, int64_t j, int64_t u, const S* dy) const {
-    const int64_t valid = H - u * L;
-    C* dh_memory = projected ? task.dm + i * Hp + u * L : task.dh + i * Pp + u * L;
-    V dh = load(dh_memory), dc{}, c_prev{}, h_prev{}, h{};
-    if (dy) dh += load_first(dy + u * L, valid);
-    V saved[kSaved > 0 ? kSaved : 1], dpre[kSlots];
-    for (int s = 0; s < kSaved; s++) saved[s] = load(this->saved(d, t, j, u) + s * L);
-    if constexpr (Cell::kHasC) {
-      dc = load(task.dc + i * Hp + u * L);
-      const bool starts = d == 0 ? t == 0 : t == T - 1 || j >= seq.active[t + 1];
-      c_prev = starts ? load_first((const S*)q.c0 + (d * B + seq.row[j]) * H + u * L, valid)
-                      : load(this->saved(d, d == 0 ? t - 1 : t + 1, j, u) + (kSaved - 1) * L);
-      if (projected)
-        store_first(memory.m[d] + in_chunk(chunk, d, t, j) * H + u * L, Cell::unprojected(saved),
-                    valid);
-    } else if constexpr (kSlots > G) {
-      h_prev = load_first(memory.h_row[d][seq.first[t] + j] + u * L, valid);
-    } else {
-      h = load_first(this->template row_of<const S>(q.y, t, j) + d * P + u * L, valid);
-    }
-    const V past = Cell::backward(dh, dc, saved, h, h_prev, c_prev, dpre);
-    if constexpr (Cell::kHasC) store(task.dc + i * Hp + u * L, dc);
-    if (!projected) store(dh_memory, past);
-    A* out = memory.dpre[d] + in_chunk(chunk, d, t, j) * ld + u * L;
-    for (int s = 0; s < kSlots; s++) store_first(out + s * H, dpre[s], valid);
-  }
+  // ---- from states' gradients to pre-activations' (gate_gradients.h) ----------------------------
 
-  // dpre W_ih of direction d for this thread's rows of a chunk. The second direction to come to a
-  // row finds the first one's there and adds it.
+  template <class Cell, bool kRegularised>
+  void make_gradients(const Span& span) const;
+  template <class Cell, bool kRegularised>
+  void end_gradients(const Span& span) const;
+  template <class Cell, bool kRegularised>
+  void begin_gradients(const Span& span) const;
+  template <bool kRegularised>
+  void normalised_lstm(const Span& span) const;
+  template <bool kRegularised>
+  void normalised_gru(const Span& span) const;
+
+  // dpre W_ih of direction d for this thread's rows of a chunk. Directions that come to a row later
+  // find the sum of the others there and add to it.
   void make_dx(const Memory& memory, const Thread& mine, const Chunk& chunk, int64_t d, int thread,
                int threads) const {
     const int64_t ld_dx = round_up(I, kPanel);
-    const int64_t others = chunks - 1 - chunk.index;  // the other direction's chunk of these rows
-    const bool first = D == 1 || (d == 0 ? chunk.index <= others : chunk.index < others);
-    const bool last = D == 1 || !first;
+    const int64_t others = chunks - 1 - chunk.index;  // the other way's chunk of these rows
+    const bool backwards = this->backwards(d);
+    const bool one_way = q.reverse == 0 || q.reverse >= D;
+    const bool sooner = backwards ? chunk.index < others : chunk.index <= others;
+    const bool first = d == (backwards ? q.reverse : 0) && (one_way || sooner);
+    const bool last = d == (backwards || one_way ? D : q.reverse) - 1 && (one_way || !sooner);
+    const int64_t chunk_row = chunk.row[backwards], chunk_rows = chunk.rows[backwards];
     const auto partial = [&](int64_t row) -> C* {
       if constexpr (__is_same(S, C))
         return memory.dx_row[row];
       else
         return memory.dx + row * I;
     };
-    const int64_t end = part_begin(chunk.rows[d], thread + 1, threads);
-    for (int64_t r = part_begin(chunk.rows[d], thread, threads); r < end; r += kChunkRows) {
+    const int64_t end = part_begin(chunk_rows, thread + 1, threads);
+    for (int64_t r = part_begin(chunk_rows, thread, threads); r < end; r += kChunkRows) {
       const int64_t n = end - r < kChunkRows ? end - r : kChunkRows;
       for (int64_t k0 = 0; k0 < G * H; k0 += kBlockK) {
         const int64_t K = G * H - k0 < kBlockK ? G * H - k0 : kBlockK;
@@ -425,7 +514,7 @@ struct Backward : Layer<S, CellOf> {
         }
       }
       for (int64_t i = 0; i < n; i++) {
-        const int64_t row = chunk.row[d] + r + i;
+        const int64_t row = chunk_row + r + i;
         C* sum = mine.dx + i * ld_dx;
         if (!first)
           for (int64_t c = 0; c < I; c += L)
@@ -442,22 +531,33 @@ struct Backward : Layer<S, CellOf> {
                      int thread, int threads) const {
     const WeightGradients& dw = q.dweights[d];
     const A* dpre = memory.dpre[d];
-    const S* const* x = memory.x_row + chunk.row[d];
-    const S* const* h = memory.h_row[d] + chunk.row[d];
+    const int64_t chunk_row = chunk.row[this->backwards(d)];
+    const int64_t chunk_rows = chunk.rows[this->backwards(d)];
+    const S* const* x = memory.x_row + chunk_row;
+    const S* const* h = memory.h_row[d] + chunk_row;
     const auto add_outer = [&](const A* a, int64_t ld_a, int64_t M, const auto* b, int64_t N,
                                C* sum, S* out) {
-      outer(mine, chunk, chunk.rows[d], a, ld_a, M, b, N, sum, out, thread, threads);
+      outer(mine, chunk, chunk_rows, a, ld_a, M, b, N, sum, out, thread, threads);
     };
-    if constexpr (kSlots > G) {  // slots n r z n': W_ih's gates r z n are not in a row
-      add_outer(dpre + H, ld, 2 * H, x, I, memory.dw_ih[d], (S*)dw.w_ih);
-      add_outer(dpre, ld, H, x, I, memory.dw_ih[d] + (memory.dw_ih[d] ? 2 * H * I : 0),
-                (S*)dw.w_ih + 2 * H * I);
-    } else {
-      add_outer(dpre, ld, G * H, x, I, memory.dw_ih[d], (S*)dw.w_ih);
-    }
-    add_outer(dpre + (kSlots - G) * H, ld, G * H, h, P, memory.dw_hh[d], (S*)dw.w_hh);
+    // Of a matrix whose last gate lies in the first of its planes, if it is rotated.
+    const auto add_gates = [&](int plane, int gates, int rotation, const auto* b, int64_t N, C* sum,
+                               S* out) {
+      const int64_t last = (gates - 1) * H;
+      if (rotation == 0) return add_outer(dpre + plane * H, ld, gates * H, b, N, sum, out);
+      add_outer(dpre + (plane + 1) * H, ld, last, b, N, sum, out);
+      add_outer(dpre + plane * H, ld, H, b, N, sum ? sum + last * N : sum, out + last * N);
+    };
+    add_gates(0, G, cell.rotation, x, I, memory.dw_ih[d], (S*)dw.w_ih);
+    if (first.gates > 0)
+      add_gates(first.plane, first.gates, 0, q.regularisers.scale ? memory.h_in_row[d] : h, P,
+                memory.dw_hh[d], (S*)dw.w_hh);
+    for (int i = 0; i < seconds; i++)
+      add_gates(second[i].plane, second[i].gates, second[i].rotation,
+                memory.mid_row[second[i].mid][d], H, memory.dw_second[i][d],
+                cell.mid == 1 ? (S*)dw.w_hh + first.gates * H * P : (S*)dw.own[i]);
     if (projected) add_outer(memory.dh[d], P, P, memory.m_row[d], H, memory.dw_hr[d], (S*)dw.w_hr);
-    if (dw.b_ih) make_db(memory.db[d], chunk, chunk.rows[d], dpre, dw, thread, threads);
+    if (cell.rows || cell.own > 0 || first.gates == 0 || dw.b_ih || dw.b_hh)
+      make_db(memory.db[d], chunk, chunk_rows, dpre, dw, thread, threads);
   }
 
   // dW[M, N] (+)= sum over a chunk's rows r of a[r * ld_a + m] b[r][n]; this thread makes its part
@@ -530,12 +630,41 @@ struct Backward : Layer<S, CellOf> {
       }
       store(db + c, sum);
     }
-    for (int64_t c = c0; chunk.last && c < c1; c++) {  // slot c / H: W_ih's first, W_hh's last
-      const int64_t slot = c / H, unit = c % H;
-      const int64_t first = kSlots > G ? G - 1 : 0;
-      if (slot < G) convert((S*)dw.b_ih + (slot + first) % G * H + unit, db + c, 1);
-      if (slot >= kSlots - G) convert((S*)dw.b_hh + (slot - (kSlots - G)) * H + unit, db + c, 1);
+    for (int64_t c = c0; chunk.last && c < c1; c++) give_sum(dw, int(c / H), c % H, db[c]);
+  }
+
+  // The sum of a plane's column, to every parameter whose gradient it is.
+  void give_sum(const WeightGradients& dw, int plane, int64_t unit, C sum) const {
+    const auto give = [&](void* gradient, int64_t gate) {
+      if (gradient) convert((S*)gradient + gate * H + unit, &sum, 1);
+    };
+    const auto give_slots = [&](void* gradient, int slot, int gates, int rotation) {
+      if (plane >= slot && plane < slot + gates) give(gradient, (plane - slot + rotation) % gates);
+    };
+    const int own = plane - cell.slots;
+    if (cell.rows) {  // gains of W_ih x and W_hh h, what both biases share, what is the state's
+      give_slots(dw.own[0], cell.slots, G, 0);
+      give_slots(dw.own[2], cell.slots + G, G, 0);
+      give_slots(dw.b_ih, cell.slots + 2 * G, G, 0);
+      give_slots(dw.own[1], cell.slots + 2 * G, G, 0);
+      if (states > 0) {
+        give_slots(dw.own[3], cell.slots + 2 * G, G, 0);
+        give_slots(dw.own[4], cell.slots + 3 * G, 1, 0);
+        give_slots(dw.own[5], cell.slots + 3 * G + 1, 1, 0);
+      } else {
+        if (own >= 2 * G && own < 2 * G + 2) give(dw.own[3], own - 2 * G);
+        if (own == 3 * G) give(dw.own[3], 2);
+      }
+      return;
     }
+    const int hidden = cell.hidden_gates > 0 ? cell.hidden_gates : 1;
+    give_slots(dw.b_ih, 0, G, cell.rotation);
+    give_slots(dw.b_hh, cell.outer_slots - hidden, hidden, 0);
+    if (cell.mid == 2)
+      for (int i = 0; i < 2; i++)
+        give_slots(dw.own[2 + i], second[i].plane, second[i].gates, second[i].rotation);
+    else if (own >= 0)
+      give(cell.hidden_gates == 0 ? dw.w_hh : dw.own[0], own);
   }
 };
 

@@ -6,7 +6,7 @@
 
 #include <time.h>
 
-#include "backward.h"
+#include "gate_gradients.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -20,46 +20,30 @@ extern const CrfKernels crf_kernels;  // crf_kernels.cpp
 
 namespace {
 
-template <class Pass, class Params>
-Pass pass_of(Pass*, const Params& p) {
-  return Pass(p);
-}
-
-// f((Pass<S, Cell>*)nullptr) for the storage type and the cell known at run time.
-template <template <class, template <class> class> class Pass, class F>
-auto with_cell(const LayerParams& p, const F& f) {
-#define SEQKERN_CELLS(S)                        \
-  switch (p.cell) {                             \
-    case CellKind::rnn_tanh:                    \
-      return f((Pass<S, RnnTanhCell>*)nullptr); \
-    case CellKind::rnn_relu:                    \
-      return f((Pass<S, RnnReluCell>*)nullptr); \
-    case CellKind::gru:                         \
-      return f((Pass<S, GruCell>*)nullptr);     \
-    case CellKind::lstm:                        \
-      return f((Pass<S, LstmCell>*)nullptr);    \
-  }
+// f((Pass<S>*)nullptr) for the storage type known at run time.
+template <template <class> class Pass, class F>
+auto with_storage(const LayerParams& p, const F& f) {
   switch (p.dtype) {
     case Dtype::bf16:
-      SEQKERN_CELLS(bf16)
-      break;
+      return f((Pass<bf16>*)nullptr);
 #if !defined(__AMX_BF16__)
     case Dtype::f32:
-      SEQKERN_CELLS(float)
-      break;
+      return f((Pass<float>*)nullptr);
     case Dtype::f64:
-      SEQKERN_CELLS(double)
-      break;
+      return f((Pass<double>*)nullptr);
     case Dtype::f16:
-      SEQKERN_CELLS(f16)
-      break;
+      return f((Pass<f16>*)nullptr);
 #else
     default:  // see SEQKERN_DELEGATE
       break;
 #endif
   }
-#undef SEQKERN_CELLS
   __builtin_unreachable();
+}
+
+template <class Pass, class Params>
+Pass pass_of(Pass*, const Params& p) {
+  return Pass(p);
 }
 
 // AMX multiplies bfloat16 only: all else is the next older instruction set's.
@@ -72,22 +56,22 @@ auto with_cell(const LayerParams& p, const F& f) {
 
 size_t forward_scratch(const ForwardParams& p) {
   SEQKERN_DELEGATE(forward_scratch, p);
-  return with_cell<Forward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
+  return with_storage<Forward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
 }
 
 void forward(const ForwardParams& p) {
   SEQKERN_DELEGATE(forward, p);
-  with_cell<Forward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
+  with_storage<Forward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
 }
 
 size_t backward_scratch(const BackwardParams& p) {
   SEQKERN_DELEGATE(backward_scratch, p);
-  return with_cell<Backward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
+  return with_storage<Backward>(p, [&](auto* pass) { return pass_of(pass, p).scratch_bytes(); });
 }
 
 void backward(const BackwardParams& p) {
   SEQKERN_DELEGATE(backward, p);
-  with_cell<Backward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
+  with_storage<Backward>(p, [&](auto* pass) { pass_of(pass, p).run(); });
 }
 
 void activation(const char* f, const float* x, float* y, int64_t n) {

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <numeric>
@@ -23,34 +24,43 @@ Tensor with_rows(const Tensor& tensor) {
 // One layer's call: the order of the rows, and the tensors kept alive.
 class Call : public LayerCall {
  public:
-  Call(CellKind cell_, const Tensor& x_, const Tensor& h0_, const Tensor& c0_,
-       at::TensorList params, const OptionalTensor& lengths, const OptionalTensor& batch_sizes)
-      : LayerCall(cell_, x_, h0_, c0_, params, lengths, batch_sizes, at::kCPU) {
+  explicit Call(const LayerArguments& a) : LayerCall(a, at::kCPU), arguments(a) {
     x = with_rows(x);
-    h0 = h0.contiguous();
-    if (cell == CellKind::lstm) c0 = c0.contiguous();
-    order(lengths);
-    for (int64_t d = 0; d < D; d++) {
-      const auto data = [](const Tensor& w) { return w.defined() ? w.const_data_ptr() : nullptr; };
-      const Direction& w = directions[size_t(d)];
-      kernel_weights[d] = {data(w.w_ih), data(w.w_hh), data(w.b_ih), data(w.b_hh), data(w.w_hr)};
-    }
+    for (Tensor& state : states) state = state.contiguous();
+    if (a.mask) mask = with_rows(*a.mask);
+    if (a.scale) scale = with_heads(*a.scale).contiguous();
+    order(a.lengths);
   }
 
   void fill(LayerParams& p) const {
     p.cell = cell;
     p.dtype = dtype_of(x);
     p.I = I, p.H = H, p.P = P, p.D = D;
+    p.reverse = D / heads == 2 ? heads : D;
     // A few thousand multiplications are done before a second thread has woken up.
     const double work = double(rows + 1) * double(D * G * H) * double(I + P);
     p.threads = at::in_parallel_region() || work < 65536 ? 1 : at::get_num_threads();
     p.seq = {T, B, rows, active.data(), first.data(), row.data()};
-    p.weights[0] = kernel_weights[0];
-    p.weights[1] = kernel_weights[1];
+    for (int64_t d = 0; d < D; d++) {
+      const auto data = [](const Tensor& w) { return w.defined() ? w.const_data_ptr() : nullptr; };
+      const Direction& w = directions[size_t(d)];
+      p.weights[d] = {data(w.w_ih), data(w.w_hh), data(w.b_ih), data(w.b_hh), data(w.w_hr), {}};
+      for (size_t i = 0; i < w.own.size(); i++) p.weights[d].own[i] = data(w.own[i]);
+    }
     p.x = rows_of(x, x_step);
-    p.h0 = h0.const_data_ptr();
-    p.c0 = cell == CellKind::lstm ? c0.const_data_ptr() : nullptr;
+    p.h0 = states[0].const_data_ptr();
+    for (size_t k = 1; k < states.size(); k++) p.state0[k - 1] = states[k].const_data_ptr();
+    p.regularisers.on = regularised;
+    if (mask.defined()) p.regularisers.mask = rows_of(mask, mask_step);
+    if (scale.defined()) p.regularisers.scale = scale.const_data_ptr();
+    p.regularisers.keep_h = arguments.keep_h, p.regularisers.keep_c = arguments.keep_c;
+    p.regularisers.candidate_scale = arguments.candidate_scale;
+    p.regularisers.cell_clip = arguments.cell_clip;
+    p.regularisers.proj_clip = arguments.proj_clip;
+    p.eps = arguments.eps;
   }
+
+  Tensor new_state(size_t k) const { return at::empty({D, B, k == 0 ? P : H}, x.options()); }
 
   // Where a [T, B, n] or [N, n] tensor's rows lie; step is filled and must outlive the result.
   RowTensor rows_of(const Tensor& tensor, std::vector<int64_t>& step) const {
@@ -67,7 +77,7 @@ class Call : public LayerCall {
   }
 
   int64_t rows;  // that are valid
-  mutable std::vector<int64_t> x_step, y_step, dy_step, dx_step;
+  mutable std::vector<int64_t> x_step, y_step, dy_step, dx_step, mask_step;
 
  private:
   // The valid rows and their sorted order.
@@ -96,95 +106,122 @@ class Call : public LayerCall {
     }
   }
 
+  const LayerArguments& arguments;
+  Tensor mask, scale;
   std::vector<int64_t> active, first, row;
-  Weights kernel_weights[2];
 };
 
-ForwardResult layer_forward(CellKind cell, const Tensor& x, const Tensor& h0, const Tensor& c0,
-                            at::TensorList params, const OptionalTensor& lengths,
-                            const OptionalTensor& batch_sizes, bool save) {
-  const Call call(cell, x, h0, c0, params, lengths, batch_sizes);
+ForwardResult layer_forward(const LayerArguments& a, bool save) {
+  const Call call(a);
+  const auto options = call.x.options();
   ForwardResult result;
   result.y = call.new_rows(call.D * call.P);
-  result.h_n = at::empty({call.D, call.B, call.P}, x.options());
-  if (cell == CellKind::lstm) result.c_n = at::empty({call.D, call.B, call.H}, x.options());
-  const bool reserves = save && saved_of(cell) > 0;
-  result.reserve =
-      reserves ? new_empty(call.reserve_shape(), x.options()) : at::empty({0}, x.options());
-  if (call.B == 0 || call.H == 0) return result;
-
-  ForwardParams p{};
-  call.fill(p);
-  p.y = call.rows_of(result.y, call.y_step);
-  p.h_n = result.h_n.mutable_data_ptr();
-  p.c_n = cell == CellKind::lstm ? result.c_n.mutable_data_ptr() : nullptr;
-  p.reserve = reserves ? result.reserve.mutable_data_ptr() : nullptr;
-  const KernelTable& kernel = kernels();
-  launch(p, kernel.forward_scratch, kernel.forward);
+  for (size_t k = 0; k < call.states.size(); k++) result.states.push_back(call.new_state(k));
+  const bool reserves = save && call.reserves();
+  result.reserve = reserves ? new_empty(call.reserve_shape(), options) : at::empty({0}, options);
+  if (call.B > 0 && call.H > 0) {
+    ForwardParams p{};
+    call.fill(p);
+    p.y = call.rows_of(result.y, call.y_step);
+    p.h_n = result.states[0].mutable_data_ptr();
+    for (size_t k = 1; k < result.states.size(); k++)
+      p.state_n[k - 1] = result.states[k].mutable_data_ptr();
+    p.reserve = reserves ? result.reserve.mutable_data_ptr() : nullptr;
+    const KernelTable& kernel = kernels();
+    launch(p, kernel.forward_scratch, kernel.forward);
+  }
+  for (Tensor& state : result.states) state = call.without_heads(state);
   return result;
 }
 
-BackwardResult layer_backward(CellKind cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const Tensor& x, const Tensor& h0,
-                              const Tensor& c0, at::TensorList params,
-                              const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
-                              const Tensor& y, const Tensor& reserve, bool need_dx,
-                              bool need_dparams) {
-  const Call call(cell, x, h0, c0, params, lengths, batch_sizes);
-  call.check_backward(dy, dh_n, dc_n, y, reserve);
-  const auto options = x.options();
+// Gradients of an sLSTM's parameters, made head by head, as the parameters are.
+void join_heads(std::vector<Tensor>& dparams, const Call& call, const LayerArguments& a,
+                std::vector<std::vector<Tensor>>& of_heads) {
+  const int64_t N = call.heads, G = call.G, H = call.H;
+  for (size_t i = 0; i < dparams.size(); i++) {
+    if (!dparams[i].defined()) continue;
+    const size_t d = i / call.each, k = i % call.each;
+    std::vector<Tensor> heads;
+    for (int64_t n = 0; n < N; n++) heads.push_back(of_heads[d * size_t(N) + size_t(n)][k]);
+    const Tensor stacked = at::stack(heads);  // [N, G*H, ..]
+    dparams[i] =
+        k == 1 ? stacked : stacked.view({N, G, H, -1}).transpose(0, 1).reshape(a.params[i].sizes());
+  }
+}
+
+BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& back) {
+  const Call call(a);
+  call.check_backward(back);
+  const auto options = call.x.options();
   BackwardResult result;
-  result.dx = need_dx ? call.new_rows(call.I) : at::empty({0}, options);
-  result.dh0 = at::empty({call.D, call.B, call.P}, options);
-  if (cell == CellKind::lstm) result.dc0 = at::empty({call.D, call.B, call.H}, options);
-  if (need_dparams)
-    for (const Tensor& param : params) result.dparams.push_back(at::empty(param.sizes(), options));
+  result.dx = back.need_dx ? call.new_rows(call.I) : at::empty({0}, options);
+  for (size_t k = 0; k < call.states.size(); k++) result.dstates.push_back(call.new_state(k));
+  if (back.need_dparams)
+    for (const Tensor& param : a.params)
+      result.dparams.push_back(param.defined() ? at::empty(param.sizes(), options) : Tensor());
   if (call.B == 0 || call.H == 0) {
     result.dx.zero_();
-    for (Tensor& dparam : result.dparams) dparam.zero_();
+    for (Tensor& dparam : result.dparams)
+      if (dparam.defined()) dparam.zero_();
+    for (Tensor& dstate : result.dstates) dstate = call.without_heads(dstate);
     return result;
   }
 
-  const Tensor y_rows = with_rows(y);
+  const Tensor y_rows = with_rows(back.y);
   BackwardParams p{};
   call.fill(p);
   p.y = call.rows_of(y_rows, call.y_step);
-  p.reserve = saved_of(cell) > 0 ? const_cast<void*>(reserve.const_data_ptr()) : nullptr;
-  Tensor dy_rows, dh_rows, dc_rows;
-  if (dy) {
-    dy_rows = with_rows(*dy);
+  p.reserve = call.reserves() ? const_cast<void*>(back.reserve.const_data_ptr()) : nullptr;
+  Tensor dy_rows;
+  if (back.dy) {
+    dy_rows = with_rows(*back.dy);
     p.dy = call.rows_of(dy_rows, call.dy_step);
   }
-  if (dh_n) {
-    dh_rows = dh_n->contiguous();
-    p.dh_n = dh_rows.const_data_ptr();
+  std::vector<Tensor> dfinals;
+  for (size_t k = 0; k < call.states.size(); k++) {
+    const OptionalTensor& given = back.dstates[k];
+    dfinals.push_back(given ? call.with_heads(*given).contiguous() : Tensor());
+    const void* data = given ? dfinals[k].const_data_ptr() : nullptr;
+    void* to = result.dstates[k].mutable_data_ptr();
+    if (k == 0)
+      p.dh_n = data, p.dh0 = to;
+    else
+      p.dstate_n[k - 1] = data, p.dstate0[k - 1] = to;
   }
-  if (dc_n && cell == CellKind::lstm) {
-    dc_rows = dc_n->contiguous();
-    p.dc_n = dc_rows.const_data_ptr();
-  }
-  if (need_dx) p.dx = call.rows_of(result.dx, call.dx_step);
-  p.dh0 = result.dh0.mutable_data_ptr();
-  p.dc0 = cell == CellKind::lstm ? result.dc0.mutable_data_ptr() : nullptr;
-  p.need_dweights = need_dparams;
-  if (need_dparams) {
-    const size_t each = params.size() / size_t(call.D);
-    for (size_t d = 0; d < size_t(call.D); d++) {
-      const auto data = [&](size_t i) { return result.dparams[d * each + i].mutable_data_ptr(); };
-      p.dweights[d] = {data(0), data(1), call.has_bias ? data(2) : nullptr,
-                       call.has_bias ? data(3) : nullptr,
-                       call.projected ? data(each - 1) : nullptr};
+  if (back.need_dx) p.dx = call.rows_of(result.dx, call.dx_step);
+  p.need_dweights = back.need_dparams;
+  std::vector<std::vector<Tensor>> of_heads;  // [D][each]
+  for (size_t d = 0; back.need_dparams && d < size_t(call.D); d++) {
+    std::vector<Tensor> mine;
+    if (call.heads > 1) {
+      const LayerCall::Direction& w = call.directions[d];
+      for (const Tensor& weight : {w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr})
+        mine.push_back(weight.defined() ? at::empty(weight.sizes(), options) : Tensor());
+    } else {
+      const auto begin = result.dparams.begin() + std::ptrdiff_t(d * call.each);
+      mine.assign(begin, begin + std::ptrdiff_t(call.each));
     }
+    const auto data = [&](size_t i) {
+      return mine[i].defined() ? mine[i].mutable_data_ptr() : nullptr;
+    };
+    p.dweights[d] = {data(0), data(1), data(2), data(3), data(4), {}};
+    for (size_t i = 0; i < size_t(call.shape.own); i++)
+      p.dweights[d].own[i] = data(kCommonParams + i);
+    of_heads.push_back(mine);
   }
   const KernelTable& kernel = kernels();
   launch(p, kernel.backward_scratch, kernel.backward);
+  if (call.heads > 1) join_heads(result.dparams, call, a, of_heads);
+  for (Tensor& dstate : result.dstates) dstate = call.without_heads(dstate);
   return result;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(seqkern, CPU, library) {
-  LayerOperators<layer_forward, layer_backward>::implement(library);
+  using Operators = LayerOperators<layer_forward, layer_backward>;
+  Operators::implement(library);
+  Operators::implement_recurrent(library);
 }
 
 }  // namespace seqkern

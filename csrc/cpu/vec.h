@@ -215,6 +215,25 @@ SEQKERN_INLINE VecF exp_minus_abs(VecF x) {
   return p * scale1 * scale2;
 }
 
+// log(1 + e) for 0 <= e <= 1, at most 2 ulp off. The polynomial is Cephes' logf (S. Moshier, 1992);
+// what is lost in rounding 1 + e is added back.
+SEQKERN_INLINE VecF log_1p(VecF e) {
+  const VecF u = 1.0f + e;
+  const VecF lost = (e - (u - 1.0f)) / u;
+  const VecF x = u > 1.41421356f ? 0.5f * u - 1.0f : u - 1.0f;
+  VecF p = x * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  const VecF z = x * x;
+  const VecF log = p * x * z - 0.5f * z + x;
+  return (u > 1.41421356f ? log + 0.693147181f : log) + lost;
+}
+
 template <class C>
 struct Math;
 
@@ -238,6 +257,8 @@ struct Math<float> {
     const V result = absolute < 0.625f ? near_zero : magnitude;
     return (V)((VecU)result | ((VecU)x & 0x80000000u));  // near_zero has x's sign but for -0
   }
+  static SEQKERN_INLINE V exp_of_negative(V x) { return exp_minus_abs(x); }
+  static SEQKERN_INLINE V log_sigmoid(V x) { return (x < 0 ? x : V{}) - log_1p(exp_minus_abs(x)); }
 };
 
 template <>
@@ -254,6 +275,17 @@ struct Math<double> {  // the C library's, lane by lane
   static SEQKERN_INLINE V tanh(V x) {
     V result;
     for (int i = 0; i < kLanes<double>; i++) result[i] = std::tanh(x[i]);
+    return result;
+  }
+  static SEQKERN_INLINE V exp_of_negative(V x) {
+    V result;
+    for (int i = 0; i < kLanes<double>; i++) result[i] = std::exp(x[i]);
+    return result;
+  }
+  static SEQKERN_INLINE V log_sigmoid(V x) {
+    V result;
+    for (int i = 0; i < kLanes<double>; i++)
+      result[i] = (x[i] < 0 ? x[i] : 0.0) - std::log1p(std::exp(-std::fabs(x[i])));
     return result;
   }
 };

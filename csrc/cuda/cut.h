@@ -82,11 +82,11 @@ SEQKERN_BOTH constexpr LegShape leg_shape(int64_t units, int m, int64_t vector_u
   return leg;
 }
 
-SEQKERN_BOTH constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pass, int64_t H,
-                                      int64_t P, bool projected, bool three) {
+constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pass, int64_t H, int64_t P,
+                         bool projected, bool three) {
   Shape shape{};
-  shape.gates = cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1;
-  shape.slots = cell == CellKind::gru ? 4 : shape.gates;
+  shape.gates = cell_shape(cell).input_gates;
+  shape.slots = cell_shape(cell).slots;
   shape.legs = projected ? 2 : 1;
   if (pass == Pass::forward) {
     shape.leg[0] = leg_shape(H, shape.gates, P, 1, element_bytes);

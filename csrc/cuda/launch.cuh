@@ -102,7 +102,7 @@ PersistentKernel<ParamsOf<kPass>> kernel_of() {
 
 template <Pass kPass, class Cell, class S, Product kProduct, int kItems>
 PersistentKernel<ParamsOf<kPass>> kernel_of(bool grid, bool projected) {
-  if constexpr (Cell::kHasC)  // an LSTM
+  if constexpr (kHasC<Cell>)  // an LSTM
     if (projected)
       return grid ? kernel_of<kPass, Cell, S, kProduct, true, true, kItems>()
                   : kernel_of<kPass, Cell, S, kProduct, false, true, kItems>();

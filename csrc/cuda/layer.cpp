@@ -83,24 +83,24 @@ const void* data_or_null(const Tensor& tensor) {
 // One layer's call: its arguments as the kernels want them.
 class Call : public LayerCall {
  public:
-  Call(CellKind cell_, const Tensor& x_, const Tensor& h0_, const Tensor& c0_,
-       at::TensorList params, const OptionalTensor& lengths, const OptionalTensor& batch_sizes)
-      : LayerCall(cell_, x_, h0_, c0_, params, lengths, batch_sizes, kDevice),
+  explicit Call(const LayerArguments& a)
+      : LayerCall(a, kDevice),
+        has_bias(a.params[2].defined()),
+        lstm(cell == CellKind::lstm),
         options(x.options()),
         compute(dtype_of(x) == Dtype::f64 ? at::kDouble : at::kFloat),
         stream(current_stream(x.device())),
         N(rows_of_x()),
-        slots(cell == CellKind::gru ? 4 : G),
+        slots(shape.slots),
         device(x.is_cpu() ? 0 : int(x.get_device())) {
     use_device(device);
     x_rows = x.reshape({N, I});
-    h0 = ready(h0);
-    if (cell == CellKind::lstm) c0 = ready(c0);
+    for (Tensor& state : states) state = ready(state);
     for (Direction& w : directions)
       if (has_bias) w.b_ih = ready(w.b_ih), w.b_hh = ready(w.b_hh);
     rows = {T, B, N, nullptr, nullptr};
     if (ragged) {
-      places = lengths->contiguous();
+      places = a.lengths->contiguous();
       rows.lengths = places.const_data_ptr<int64_t>();
     } else if (packed && sizes.back() < B) {
       place_packed();
@@ -117,8 +117,8 @@ class Call : public LayerCall {
     p.dtype = dtype_of(x);
     p.rows = rows;
     p.H = H, p.P = P, p.D = D;
-    p.h0 = h0.const_data_ptr();
-    p.c0 = cell == CellKind::lstm ? c0.const_data_ptr() : nullptr;
+    p.h0 = states[0].const_data_ptr();
+    p.c0 = lstm ? states[1].const_data_ptr() : nullptr;
     return p;
   }
 
@@ -141,6 +141,7 @@ class Call : public LayerCall {
     return {dpre.narrow(-1, 0, 2 * H), dpre.narrow(-1, 3 * H, H)};
   }
 
+  bool has_bias, lstm;
   at::TensorOptions options;
   at::ScalarType compute;  // what states are kept in between steps
   void* stream;
@@ -280,20 +281,16 @@ void forward_steps(const Call& call, const ForwardParams& p, const Tensor& h, co
   }
 }
 
-ForwardResult layer_forward(CellKind cell, const Tensor& x, const Tensor& h0, const Tensor& c0,
-                            at::TensorList params, const OptionalTensor& lengths,
-                            const OptionalTensor& batch_sizes, bool save) {
-  const Scope scope(x);
-  const Call call(cell, x, h0, c0, params, lengths, batch_sizes);
-  const bool lstm = cell == CellKind::lstm;
+ForwardResult layer_forward(const LayerArguments& a, bool save) {
+  const Scope scope(a.x);
+  const Call call(a);
   ForwardResult result;
   result.y = call.new_rows(call.rows_shape(call.D * call.P));
-  const bool reserves = save && saved_of(cell) > 0;
+  const bool reserves = save && call.reserves();
   result.reserve =
       at::empty(reserves ? call.reserve_shape() : std::vector<int64_t>{0}, call.options);
   if (call.nothing()) {
-    result.h_n = call.h0.clone();
-    if (lstm) result.c_n = call.c0.clone();
+    for (const Tensor& state : call.states) result.states.push_back(state.clone());
     return result;
   }
 
@@ -311,21 +308,20 @@ ForwardResult layer_forward(CellKind cell, const Tensor& x, const Tensor& h0, co
   p.y = result.y.mutable_data_ptr();
   p.reserve = reserves ? result.reserve.mutable_data_ptr() : nullptr;
 
-  result.h_n = at::empty({call.D, call.B, call.P}, call.options);
-  p.h_n = result.h_n.mutable_data_ptr();
-  if (lstm) {
-    result.c_n = at::empty({call.D, call.B, call.H}, call.options);
-    p.c_n = result.c_n.mutable_data_ptr();
-  }
+  for (const Tensor& state : call.states)
+    result.states.push_back(at::empty(state.sizes(), call.options));
+  const Tensor& h_n = result.states[0];
+  p.h_n = h_n.mutable_data_ptr();
+  if (call.lstm) p.c_n = result.states[1].mutable_data_ptr();
   const auto launch = [&](const Persistent& persistent) {
     return persistent_forward(p, persistent, call.stream);
   };
   if (!launched(call, plan(call, Pass::forward, scope.tf32), launch)) {
-    result.h_n.copy_(call.h0);
+    h_n.copy_(call.states[0]);
     Tensor c;
-    if (lstm) c = call.c0.to(call.compute, /*non_blocking=*/false, /*copy=*/true);
-    forward_steps(call, p, result.h_n, c);
-    if (lstm) result.c_n.copy_(c);
+    if (call.lstm) c = call.states[1].to(call.compute, /*non_blocking=*/false, /*copy=*/true);
+    forward_steps(call, p, h_n, c);
+    if (call.lstm) result.states[1].copy_(c);
   }
   return result;
 }
@@ -371,7 +367,7 @@ void backward_steps(const Call& call, const BackwardParams& p, const Tensor& dh,
   }
 }
 
-// The parameters' gradients, in the parameters' order.
+// The parameters' gradients, as LayerArguments has the parameters.
 std::vector<Tensor> parameter_gradients(const Call& call, const BackwardParams& p,
                                         const Tensor& dpre, const Tensor& dh_rows) {
   std::vector<Tensor> dparams;
@@ -396,45 +392,46 @@ std::vector<Tensor> parameter_gradients(const Call& call, const BackwardParams& 
       const Tensor db = at::sum(dpre_d, {0}, false, call.compute).to(dpre.scalar_type());
       dparams.push_back(db.narrow(0, 0, G * H).clone());
       dparams.push_back(at::cat(call.hidden_columns(db)));
+    } else {
+      dparams.resize(dparams.size() + 2);
     }
     if (call.projected) {
       const Tensor m = at::empty({call.N, H}, call.options);
       gather_unprojected(p, d, m.mutable_data_ptr(), call.stream);
       dparams.push_back(at::mm(dh_rows.select(0, d).t(), m));
+    } else {
+      dparams.emplace_back();
     }
   }
   return dparams;
 }
 
-BackwardResult layer_backward(CellKind cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const Tensor& x, const Tensor& h0,
-                              const Tensor& c0, at::TensorList params,
-                              const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
-                              const Tensor& y, const Tensor& reserve, bool need_dx,
-                              bool need_dparams) {
-  const Scope scope(x);
-  const Call call(cell, x, h0, c0, params, lengths, batch_sizes);
-  call.check_backward(dy, dh_n, dc_n, y, reserve);
-  const bool lstm = cell == CellKind::lstm;
+BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& back) {
+  const Scope scope(a.x);
+  const Call call(a);
+  call.check_backward(back);
+  const bool lstm = call.lstm;
+  const OptionalTensor &dh_n = back.dstates[0], none, &dc_n = lstm ? back.dstates[1] : none;
   const std::vector<int64_t> h_shape{call.D, call.B, call.P}, c_shape{call.D, call.B, call.H};
   BackwardResult result;
   result.dx = at::empty({0}, call.options);
   if (call.nothing()) {
-    if (need_dx) result.dx = at::zeros(x.sizes(), call.options);
-    result.dh0 = final_gradient(dh_n, h_shape, call.options);
-    if (lstm) result.dc0 = final_gradient(dc_n, c_shape, call.options);
-    if (need_dparams)
-      for (const Tensor& param : params)
-        result.dparams.push_back(at::zeros(param.sizes(), call.options));
+    if (back.need_dx) result.dx = at::zeros(a.x.sizes(), call.options);
+    result.dstates.push_back(final_gradient(dh_n, h_shape, call.options));
+    if (lstm) result.dstates.push_back(final_gradient(dc_n, c_shape, call.options));
+    if (back.need_dparams)
+      for (const Tensor& param : a.params)
+        result.dparams.push_back(param.defined() ? at::zeros(param.sizes(), call.options)
+                                                 : Tensor());
     return result;
   }
 
   BackwardParams p = call.params<BackwardParams>();
-  const Tensor y_ready = ready(y), reserve_ready = ready(reserve);
+  const Tensor y_ready = ready(back.y), reserve_ready = ready(back.reserve);
   p.y = y_ready.const_data_ptr();
   p.reserve = reserve_ready.const_data_ptr();
   Tensor dy_ready;
-  if (dy) dy_ready = ready(*dy);
+  if (back.dy) dy_ready = ready(*back.dy);
   p.dy = data_or_null(dy_ready);
   const Tensor dpre = call.new_rows({call.D, call.N, call.slots * call.H});
   p.dpre = dpre.mutable_data_ptr();
@@ -446,15 +443,13 @@ BackwardResult layer_backward(CellKind cell, const OptionalTensor& dy, const Opt
 
   Tensor dh_ready, dc_ready;
   if (dh_n) dh_ready = ready(*dh_n);
-  if (dc_n && lstm) dc_ready = ready(*dc_n);
+  if (dc_n) dc_ready = ready(*dc_n);
   p.dh_n = data_or_null(dh_ready);
   p.dc_n = data_or_null(dc_ready);
-  result.dh0 = at::empty(h_shape, call.options);
-  p.dh0 = result.dh0.mutable_data_ptr();
-  if (lstm) {
-    result.dc0 = at::empty(c_shape, call.options);
-    p.dc0 = result.dc0.mutable_data_ptr();
-  }
+  for (const Tensor& state : call.states)
+    result.dstates.push_back(at::empty(state.sizes(), call.options));
+  p.dh0 = result.dstates[0].mutable_data_ptr();
+  if (lstm) p.dc0 = result.dstates[1].mutable_data_ptr();
   const auto launch = [&](const Persistent& persistent) {
     return persistent_backward(p, persistent, call.stream);
   };
@@ -464,17 +459,17 @@ BackwardResult layer_backward(CellKind cell, const OptionalTensor& dy, const Opt
     Tensor dc;
     if (lstm) dc = final_gradient(dc_n, c_shape, states);
     backward_steps(call, p, dh, dc);
-    result.dh0.copy_(dh);
-    if (lstm) result.dc0.copy_(dc);
+    result.dstates[0].copy_(dh);
+    if (lstm) result.dstates[1].copy_(dc);
   }
 
-  if (need_dx) {
+  if (back.need_dx) {
     const auto dpre_x = [&](int64_t d) { return dpre.select(0, d).narrow(1, 0, call.G * call.H); };
     result.dx = at::mm(dpre_x(0), call.directions[0].w_ih);
     if (call.D == 2) result.dx.addmm_(dpre_x(1), call.directions[1].w_ih);
-    result.dx = result.dx.view(x.sizes());
+    result.dx = result.dx.view(a.x.sizes());
   }
-  if (need_dparams) result.dparams = parameter_gradients(call, p, dpre, dh_rows);
+  if (back.need_dparams) result.dparams = parameter_gradients(call, p, dpre, dh_rows);
   return result;
 }
 

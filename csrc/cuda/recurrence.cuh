@@ -98,8 +98,9 @@ template <class Cell>
 __device__ __forceinline__ float gates(CellKind kind, const float* pre, float h_prev, float& c,
                                        float* saved) {
   if constexpr (Cell::kSaved == 0)
-    if (kind == CellKind::rnn_relu) return Cell::Relu::forward(pre, h_prev, c, saved);
-  return Cell::forward(pre, h_prev, c, saved);
+    if (kind == CellKind::rnn_relu)
+      return Cell::Relu::forward(pre, h_prev, &c, nullptr, Unregularised{}, saved);
+  return Cell::forward(pre, h_prev, &c, nullptr, Unregularised{}, saved);
 }
 
 template <class Cell>
@@ -108,8 +109,9 @@ __device__ __forceinline__ float gate_gradients(CellKind kind, float dh, float& 
                                                 float c_prev, float* dpre) {
   if constexpr (Cell::kSaved == 0)
     if (kind == CellKind::rnn_relu)
-      return Cell::Relu::backward(dh, dc, saved, h, h_prev, c_prev, dpre);
-  return Cell::backward(dh, dc, saved, h, h_prev, c_prev, dpre);
+      return Cell::Relu::backward(dh, &dc, saved, h, h_prev, &c_prev, nullptr, Unregularised{},
+                                  dpre);
+  return Cell::backward(dh, &dc, saved, h, h_prev, &c_prev, nullptr, Unregularised{}, dpre);
 }
 
 // Stands for what a layer without a projection has no need of.
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (gated) m_route[i] = unprojected.route(item.tile, item.n);
       if (gated && item.there) {
         length[i] = int(length_of(p.rows, item.b));
-        if constexpr (Cell::kHasC)
+        if constexpr (kHasC<Cell>)
           c[i] = widen(static_cast<const S*>(p.c0)[(d * B + item.b) * H + item.u]);
       }
       if (!h_item(i, item)) continue;
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Item item;
       if (h_item(i, item) && item.there)
         static_cast<S*>(p.h_n)[(d * B + item.b) * P + item.u] = narrow<S>(h[i]);
-      if constexpr (Cell::kHasC)
+      if constexpr (kHasC<Cell>)
         if (gate_item(i, item) && item.there)
           static_cast<S*>(p.c_n)[(d * B + item.b) * H + item.u] = narrow<S>(c[i]);
     }
@@ -317,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ SharedLayout at) {
   constexpr int G = Cell::kGates, kSlots = Cell::kSlots, kSaved = Cell::kSaved;
   constexpr int kLegs = kProjected ? 2 : 1;
-  constexpr bool kNeedsH = kSaved == 0, kNeedsHPrev = kSaved > 0 && !Cell::kHasC;
+  constexpr bool kNeedsH = Cell::kNeedsH, kNeedsHPrev = Cell::kNeedsHPrev;
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
   Vector<S, kProduct, G, kGrid> dpre_h(cut, 0, place, shared, at);
@@ -367,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!gate_item(i, item)) continue;
       if (item.there) {
         length[i] = int(length_of(p.rows, item.b));
-        if (Cell::kHasC && p.dc_n != nullptr)
+        if (kHasC<Cell> && p.dc_n != nullptr)
           dc[i] = widen(static_cast<const S*>(p.dc_n)[(d * B + item.b) * H + item.u]);
       }
       dpre_route[i] = dpre_h.route(item.tile, item.n);
@@ -404,10 +406,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (s > 0) {
         const int64_t previous = row_at(p.rows, time_of(d, s - 1, length[i]), item.b);
         if constexpr (kNeedsHPrev) before[i] = y[previous * (D * H) + item.u];
-        if constexpr (Cell::kHasC)
+        if constexpr (kHasC<Cell>)
           before[i] = reserve[previous * (D * kSaved * Hp) + (kSaved - 1) * Hp + item.u];
-      } else if (kNeedsHPrev || Cell::kHasC) {
-        const void* const state = Cell::kHasC ? p.c0 : p.h0;
+      } else if (kNeedsHPrev || kHasC<Cell>) {
+        const void* const state = kHasC<Cell> ? p.c0 : p.h0;
         before[i] = static_cast<const S*>(state)[(d * B + item.b) * H + item.u];
       }
     };
@@ -473,10 +475,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           float saved[kSaved + 1], dpre[kSlots];
 #pragma unroll
           for (int k = 0; k < kSaved; k++) saved[k] = widen(saved_[i][k]);
-          const float previous = kNeedsHPrev || Cell::kHasC ? widen(before[i]) : 0.0f;
+          const float previous = kNeedsHPrev || kHasC<Cell> ? widen(before[i]) : 0.0f;
           const float past = gate_gradients<Cell>(
               p.cell, all, dc[i], saved, kNeedsH ? widen(now[i]) : 0.0f,
-              kNeedsHPrev ? previous : 0.0f, Cell::kHasC ? previous : 0.0f, dpre);
+              kNeedsHPrev ? previous : 0.0f, kHasC<Cell> ? previous : 0.0f, dpre);
           if constexpr (!kProjected) dh[i] = past;
 #pragma unroll
           for (int slot = 0; slot < kSlots; slot++) {
@@ -497,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (job.steps > 0) dh[i] += sum_of(w_hh, item);
         static_cast<S*>(p.dh0)[(d * B + item.b) * P + item.u] = narrow<S>(dh[i]);
       }
-      if constexpr (Cell::kHasC)
+      if constexpr (kHasC<Cell>)
         if (gate_item(i, item) && item.there)
           static_cast<S*>(p.dc0)[(d * B + item.b) * H + item.u] = narrow<S>(dc[i]);
     }

@@ -77,11 +77,11 @@ __global__ void step_forward_kernel(const ForwardParams p, const ForwardStep ste
 
   // Only an LSTM has a projection, and it does not ask for h_prev.
   const C h_prev = step.m == nullptr ? widen(out<S>(step.h)[i]) : C(0);
-  C c = Cell::kHasC ? out<C>(step.c)[i] : C(0);
+  C c = kHasC<Cell> ? out<C>(step.c)[i] : C(0);
   C saved[Cell::kSaved + 1];
-  const C h = Cell::forward(pre, h_prev, c, saved);
+  const C h = Cell::forward(pre, h_prev, &c, nullptr, Unregularised{}, saved);
 
-  if (Cell::kHasC) out<C>(step.c)[i] = c;
+  if (kHasC<Cell>) out<C>(step.c)[i] = c;
   if (step.m != nullptr) {
     out<S>(step.m)[i] = narrow<S>(h);
   } else {
@@ -137,7 +137,7 @@ __global__ void step_backward_kernel(const BackwardParams p, const BackwardStep 
     h = widen(y[row * p.D * P]);
     h_prev = step.s == 0 ? widen(in<S>(p.h0)[state]) : widen(y[row_prev * p.D * P]);
   }
-  if constexpr (Cell::kHasC)
+  if constexpr (kHasC<Cell>)
     c_prev = step.s == 0 ? widen(in<S>(p.c0)[state])
                          : widen(in<S>(p.reserve)[saved_at<Cell>(p, row_prev, d, 4, u)]);
 
@@ -149,12 +149,13 @@ __global__ void step_backward_kernel(const BackwardParams p, const BackwardStep 
     if (step.dh_rec != nullptr) dh += widen(in<S>(step.dh_rec)[i]);
     if (p.dy != nullptr) dh += widen(in<S>(p.dy)[row * p.D * P + d * P + u]);
   }
-  C dc = Cell::kHasC ? out<C>(step.dc)[i] : C(0);
+  C dc = kHasC<Cell> ? out<C>(step.dc)[i] : C(0);
   C dpre[Cell::kSlots];
-  const C dh_past = Cell::backward(dh, dc, saved, h, h_prev, c_prev, dpre);
+  const C dh_past =
+      Cell::backward(dh, &dc, saved, h, h_prev, &c_prev, nullptr, Unregularised{}, dpre);
 
   if (!projected) out<C>(step.dh)[i] = dh_past;
-  if (Cell::kHasC) out<C>(step.dc)[i] = dc;
+  if (kHasC<Cell>) out<C>(step.dc)[i] = dc;
   S* const dpre_row = out<S>(p.dpre) + (d * p.rows.N + row) * Cell::kSlots * H + u;
   for (int k = 0; k < Cell::kSlots; k++) {
     const S dpre_k = narrow<S>(dpre[k]);
@@ -295,6 +296,8 @@ void with_cell_of(CellKind cell, Body body) {
       return body(Type<RnnTanhCell<Math<S>>>(), Type<S>());
     case CellKind::rnn_relu:
       return body(Type<RnnReluCell<Math<S>>>(), Type<S>());
+    default:  // no operator of this device lets it come so far
+      return;
   }
 }
 template <class Body>

@@ -1,5 +1,6 @@
 """The modules: torch.nn's constructors, parameters and forwards on seqkern's operations."""
 
+from seqkern.nn._recurrent import Regularised
 from seqkern.nn.attention import MultiHeadAttention, MultiheadAttention
 from seqkern.nn.cache import KeyValueCache
 from seqkern.nn.crf import CRF, Constraints, bio_constraints
@@ -15,20 +16,61 @@ from seqkern.nn.transformer import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from seqkern.nn.variants import (
+    CIFG,
+    CIFGLSTM,
+    MGU,
+    SLSTM,
+    CIFGLSTMCell,
+    IndRNN,
+    IndRNNCell,
+    LayerNormGRU,
+    LayerNormGRUCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    MGUCell,
+    NestedGRU,
+    NestedGRUCell,
+    NestedLSTM,
+    NestedLSTMCell,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+    SLSTMCell,
+)
 
 __all__ = [
+    "CIFG",
+    "CIFGLSTM",
     "CRF",
     "GRU",
     "LSTM",
+    "MGU",
     "RNN",
+    "SLSTM",
+    "CIFGLSTMCell",
     "Constraints",
     "DecoderLayerCache",
     "GRUCell",
+    "IndRNN",
+    "IndRNNCell",
     "KeyValueCache",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "MGUCell",
     "MultiHeadAttention",
     "MultiheadAttention",
+    "NestedGRU",
+    "NestedGRUCell",
+    "NestedLSTM",
+    "NestedLSTMCell",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "RNNCell",
+    "Regularised",
+    "SLSTMCell",
     "Transformer",
     "TransformerCache",
     "TransformerDecoder",

@@ -5,6 +5,8 @@ repr, initialisation, pickling and every tool that asks `isinstance` hold by con
 new.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -71,6 +73,25 @@ def as_state(hx: Tensor, batched: bool) -> Tensor:
             batched, f"hx should also be {3 if batched else 2}-D but got {hx.dim()}-D tensor"
         )
     return hx if batched else hx.unsqueeze(1)
+
+
+def as_states(op: str, names: Sequence[str], hx, batched: bool) -> tuple[Tensor, ...]:
+    """The states of a cell that carries several, ("h", "c") or more, as [L*D, B, .], with torch.nn's
+    exceptions."""
+    letters = f"({', '.join(f'{name}_0' for name in names)})"
+    if isinstance(hx, Tensor):
+        error = IndexError if hx.dim() and hx.shape[0] == 1 else RuntimeError
+        raise error(f"hx: expected a {'pair' if len(names) == 2 else 'tuple'} {letters}, got one tensor")
+    if len(hx) != len(names):
+        error = IndexError if len(hx) < 2 else RuntimeError
+        count = "two" if len(names) == 2 else len(names)
+        raise error(f"hx: {op} expects {count} hidden states {letters}, got {len(hx)}")
+    dim = 3 if batched else 2
+    if any(state.dim() != dim for state in hx):
+        which = "hx and cx" if len(names) == 2 else "all states"
+        dims = ", ".join(f"{state.dim()}-D" for state in hx)
+        raise state_dim_error(batched, f"{which} should also be {dim}-D but got ({dims}) tensors")
+    return tuple(hx) if batched else tuple(state.unsqueeze(1) for state in hx)
 
 
 def state_dim_error(batched: bool, what: str) -> RuntimeError:

@@ -5,16 +5,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern import ops
-from seqkern.nn import _base
+from seqkern.nn import _base, _recurrent
 
 
-class LSTM(torch.nn.LSTM):
+class LSTM(_recurrent.Regularised, torch.nn.LSTM):
     """torch.nn.LSTM on seqkern's kernels: same constructor, parameters, results and gradients.
 
     Construct:  LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
                 bidirectional=False,
-                proj_size=0, device=None, dtype=None)
-    Call:       output, (h_n, c_n) = lstm(input, (h_0, c_0), lengths=lengths)
+                proj_size=0, device=None, dtype=None), and by keyword what regularises the recurrence:
+                seqkern.nn.Regularised
+    Call:       output, (h_n, c_n) = lstm(input, (h_0, c_0), lengths=lengths, reset=reset)
 
     TorchScript is not supported; tracing and ONNX export run torch.nn's own forward.
     Under torch.compile set torch._dynamo.config.allow_rnn = True, which Dynamo asks of every subclass of
@@ -23,7 +24,16 @@ class LSTM(torch.nn.LSTM):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
 
-    def forward(self, input, hx=None, *, lengths: Tensor | None = None):
+    _cell = "lstm"
+
+    def forward(
+        self,
+        input,
+        hx=None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ):
         """Run the layers over a batch of sequences.
 
         Args:
@@ -34,19 +44,26 @@ class LSTM(torch.nn.LSTM):
                 steps: outputs beyond are zero, the reverse direction starts at the last valid step, h_n and
                 c_n are those after it (h_0, c_0 where the length is 0). No sorting, no packing. Not with a
                 PackedSequence, nor with unbatched input (slice that instead)
+            reset: bool [T, B], with batch_first [B, T], unbatched [T], for a PackedSequence another one or
+                its data: True at t: the state before step t is zero, no gradient passes, and the reverse
+                direction stops there, too. On a GPU, reading it synchronises: give it on the CPU
         Returns:
             output: [T, B, D*P], [B, T, D*P], [T, D*P] or a PackedSequence, as input;  (h_n, c_n): as hx
         Raises:
             ValueError: input is neither 2-D nor 3-D, input's dtype is not the weights', lengths are wrong
             RuntimeError: any other wrong shape, dtype or device; T = 0
         """
+        if reset is not None or _recurrent.is_regularised(self):
+            projects = self.proj_size > 0
+            params = _recurrent.plain_params(_base.flat_weights(self), self.bias, projects)
+            return _recurrent.run(self, params, input, hx, lengths, reset)
         if lengths is None and _base.exporting_to_torchscript_or_onnx():
             return super().forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths)
         x, batched = _base.as_batch("LSTM", input, self.batch_first)
         if hx is not None:
-            hx = _states(hx, batched)
+            hx = _base.as_states("lstm", ("h", "c"), hx, batched)
         if not batched:
             _base.refuse_lengths(lengths, "unbatched input")
         y, (h_n, c_n) = ops.lstm(
@@ -84,23 +101,6 @@ class LSTM(torch.nn.LSTM):
         h_n = _base.permute_state(h_n, packed.unsorted_indices)
         c_n = _base.permute_state(c_n, packed.unsorted_indices)
         return _base.repack(y, packed), (h_n, c_n)
-
-
-def _states(hx, batched: bool) -> tuple[Tensor, Tensor]:
-    """(h_0, c_0) as [L*D, B, .], with torch.nn's exceptions."""
-    if isinstance(hx, Tensor):
-        error = IndexError if hx.dim() and hx.shape[0] == 1 else RuntimeError
-        raise error("hx: expected a pair (h_0, c_0), got one tensor")
-    if len(hx) != 2:
-        error = IndexError if len(hx) < 2 else RuntimeError
-        raise error(f"hx: lstm expects two hidden states (h_0, c_0), got {len(hx)}")
-    h_0, c_0 = hx
-    dim = 3 if batched else 2
-    if h_0.dim() != dim or c_0.dim() != dim:
-        raise _base.state_dim_error(
-            batched, f"hx and cx should also be {dim}-D but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
-        )
-    return (h_0, c_0) if batched else (h_0.unsqueeze(1), c_0.unsqueeze(1))
 
 
 class LSTMCell(torch.nn.LSTMCell):

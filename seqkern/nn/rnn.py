@@ -5,16 +5,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern import ops
-from seqkern.nn import _base
+from seqkern.nn import _base, _recurrent
 
 
-class RNN(torch.nn.RNN):
+class RNN(_recurrent.Regularised, torch.nn.RNN):
     """torch.nn.RNN on seqkern's kernels: same constructor, parameters, results and gradients.
 
     Construct:  RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
                 dropout=0.0,
-                bidirectional=False, device=None, dtype=None)
-    Call:       output, h_n = rnn(input, h_0, lengths=lengths)
+                bidirectional=False, device=None, dtype=None), and by keyword what regularises the
+                recurrence: seqkern.nn.Regularised
+    Call:       output, h_n = rnn(input, h_0, lengths=lengths, reset=reset)
 
     TorchScript is not supported; tracing and ONNX export run torch.nn's own forward.
     Under torch.compile set torch._dynamo.config.allow_rnn = True, which Dynamo asks of every subclass of
@@ -23,7 +24,14 @@ class RNN(torch.nn.RNN):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
 
-    def forward(self, input, hx=None, *, lengths: Tensor | None = None):
+    def forward(
+        self,
+        input,
+        hx=None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ):
         """Run the layers over a batch of sequences.
 
         Args:
@@ -33,12 +41,18 @@ class RNN(torch.nn.RNN):
                 steps: outputs beyond are zero, the reverse direction starts at the last valid step, h_n is
                 the state after it (h_0 where the length is 0). No sorting, no packing. Not with a
                 PackedSequence, nor with unbatched input (slice that instead)
+            reset: bool [T, B], with batch_first [B, T], unbatched [T], for a PackedSequence another one or
+                its data: True at t: the state before step t is zero, no gradient passes, and the reverse
+                direction stops there, too. On a GPU, reading it synchronises: give it on the CPU
         Returns:
             output: [T, B, D*H], [B, T, D*H], [T, D*H] or a PackedSequence, as input;  h_n: as hx
         Raises:
             ValueError: input is neither 2-D nor 3-D, input's dtype is not the weights', lengths are wrong
             RuntimeError: any other wrong shape, dtype or device; T = 0
         """
+        if reset is not None or _recurrent.is_regularised(self):
+            params = _recurrent.plain_params(_base.flat_weights(self), self.bias, False)
+            return _recurrent.run(self, params, input, hx, lengths, reset)
         if lengths is None and _base.exporting_to_torchscript_or_onnx():
             return super().forward(input, hx)
         if isinstance(input, PackedSequence):
@@ -79,6 +93,10 @@ class RNN(torch.nn.RNN):
             training=self.training,
         )
         return _base.repack(y, packed), _base.permute_state(h_n, packed.unsorted_indices)
+
+    @property
+    def _cell(self) -> str:  # type: ignore[override]
+        return f"rnn_{self._activation}"
 
     @property
     def _activation(self) -> str:

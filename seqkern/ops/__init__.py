@@ -2,13 +2,16 @@
 
 from seqkern.ops import _fake  # noqa: F401  (registers the operators' fake kernels)
 from seqkern.ops._backend import use_backend
+from seqkern.ops._cells import CELLS
 from seqkern.ops.attention import scaled_dot_product_attention, varlen_attention
 from seqkern.ops.crf import crf_decode, crf_log_likelihood, crf_log_partition, crf_marginals
 from seqkern.ops.gru import gru, gru_cell
 from seqkern.ops.lstm import lstm, lstm_cell
+from seqkern.ops.recurrent import recurrent, recurrent_cell
 from seqkern.ops.rnn import rnn, rnn_cell
 
 __all__ = [
+    "CELLS",
     "crf_decode",
     "crf_log_likelihood",
     "crf_log_partition",
@@ -17,6 +20,8 @@ __all__ = [
     "gru_cell",
     "lstm",
     "lstm_cell",
+    "recurrent",
+    "recurrent_cell",
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",

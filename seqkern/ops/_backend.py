@@ -2,7 +2,7 @@
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
 cpu     recurrent layers, CRF: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
-cuda    recurrent layers: the compiled kernels in csrc/cuda
+cuda    rnn, lstm and gru: the compiled kernels in csrc/cuda
 triton  attention, CRF: the kernels in seqkern.triton
 """
 
@@ -20,10 +20,18 @@ BACKENDS = ("eager", "cpu", "cuda", "triton")
 
 COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})  # cpu and cuda
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-KERNELS = {"attention": ("cpu", "triton"), "crf": ("cpu", "triton"), "crf_nbest": ("cpu",)}
+KERNELS = {
+    "rnn": ("cpu", "cuda"),
+    "lstm": ("cpu", "cuda"),
+    "gru": ("cpu", "cuda"),
+    "recurrent": ("cpu",),  # the cells of ops/_cells.py, and regularised recurrences
+    "attention": ("cpu", "triton"),
+    "crf": ("cpu", "triton"),
+    "crf_nbest": ("cpu",),  # several best sequences
+}
+CRF = frozenset({"crf", "crf_nbest"})
+RECURRENT = frozenset(KERNELS) - CRF - {"attention"}
 CRF_DTYPES = frozenset({torch.float32, torch.float64})  # 16-bit tensors are computed in float32
-RECURRENT = frozenset({"rnn", "lstm", "gru"})
-CRF = frozenset({"crf", "crf_nbest"})  # the best sequence, or several
 MAX_HEAD_DIM = 256  # of the Triton kernels
 MAX_TAGS = 128  # of the Triton kernels
 MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
@@ -38,6 +46,15 @@ def _why_no_kernels() -> str | None:
 
 
 WHY_NO_KERNELS: str | None = _why_no_kernels()
+
+
+def _why_no_recurrent() -> str | None:
+    if WHY_NO_KERNELS is None and not hasattr(torch.ops.seqkern, "recurrent_forward"):
+        return "it was built without the operators of the recurrent variants"
+    return WHY_NO_KERNELS
+
+
+WHY_NO_RECURRENT: str | None = _why_no_recurrent()
 
 
 def _why_no_cuda() -> str | None:
@@ -108,8 +125,10 @@ def triton_interprets() -> bool:
 
 
 def operator(name: str) -> Callable[..., tuple] | None:
-    """torch.ops.seqkern.<name>, or None without the compiled extension."""
-    return getattr(torch.ops.seqkern, name).default if WHY_NO_KERNELS is None else None
+    """torch.ops.seqkern.<name>, or None where the compiled extension does not have it."""
+    if WHY_NO_KERNELS is not None or not hasattr(torch.ops.seqkern, name):
+        return None
+    return getattr(torch.ops.seqkern, name).default
 
 
 # Each thread's innermost wish.
@@ -188,7 +207,7 @@ def refusal(
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
     if backend == "eager":
         return None
-    if backend not in KERNELS.get(op, ("cpu", "cuda") if op in RECURRENT else ()):
+    if backend not in KERNELS.get(op, ()):
         return f"{backend} has no kernel for {op}"
     if missing is not None and (op in RECURRENT or (op in CRF and backend == "cpu")):
         return f"{backend} needs the compiled extension: {missing}"
@@ -240,7 +259,7 @@ def choose(
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru", "attention", "crf", "crf_nbest"
+        op: "rnn", "lstm", "gru", "recurrent", "attention", "crf", "crf_nbest"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent

@@ -5,14 +5,15 @@ The recurrent layers' schemas are in csrc/operators.h; without the compiled exte
 register for them. Attention's are in _attention.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from seqkern.ops import _attention, crf  # crf: defines its operators
+from seqkern.ops import _attention, _cells, crf  # crf: defines its operators
 from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
-from seqkern.ops._backend import WHY_NO_KERNELS
+from seqkern.ops._backend import WHY_NO_KERNELS, WHY_NO_RECURRENT
 
 RESERVE_SLOTS = {"lstm": 5, "gru": 4}  # values kept per step and hidden unit for backward
 RESERVE_MULTIPLE = 16  # hidden units are padded to a multiple of this in the reserve
@@ -29,9 +30,12 @@ def _reserve(op: str, x: Tensor, state: Tensor, save: bool) -> Tensor:
     if not save:
         return x.new_empty((0,))
     D, _, H = state.shape
-    padded = (H + RESERVE_MULTIPLE - 1) // RESERVE_MULTIPLE * RESERVE_MULTIPLE
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
-    return x.new_empty((rows, D * RESERVE_SLOTS[op] * padded))
+    return x.new_empty((rows, D * RESERVE_SLOTS[op] * _padded(H)))
+
+
+def _padded(H: int) -> int:
+    return (H + RESERVE_MULTIPLE - 1) // RESERVE_MULTIPLE * RESERVE_MULTIPLE
 
 
 def _contiguous_like(t: Tensor) -> Tensor:
@@ -70,11 +74,32 @@ def lstm_backward(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, y, re
     return _dx(x, need_dx), _contiguous_like(h0), _contiguous_like(c0), _dparams(params, need_dparams)
 
 
+def recurrent_forward(cell, x, states, params, lengths, batch_sizes, mask, h_scale, *scalars):
+    keep_h, keep_c, _, cell_clip, proj_clip, _, save = scalars
+    regularised = mask is not None or any((keep_h, keep_c)) or min(cell_clip, proj_clip) < math.inf
+    spec = _cells.CELLS[cell]
+    heads = params[1].shape[0] if spec.has_heads else 1
+    parts = states[0].shape[0] * heads
+    rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    width = parts * spec.reserve_width(params[0].shape[0] // spec.gates // heads, regularised)
+    reserve = x.new_empty((rows, width) if save and width else (0,))
+    return _y(x, states[0]), [_contiguous_like(s) for s in states], reserve
+
+
+def recurrent_backward(cell, dy, dfinals, x, states, params, *options):
+    need_dx, need_dparams = options[-2:]
+    dparams = [x.new_empty((0,)) if p is None else _contiguous_like(p) for p in params]
+    return _dx(x, need_dx), [_contiguous_like(s) for s in states], dparams if need_dparams else []
+
+
 OPERATORS = (rnn_forward, gru_forward, lstm_forward, rnn_backward, gru_backward, lstm_backward)
 
 if WHY_NO_KERNELS is None:
     for _kernel in OPERATORS:
         torch.library.register_fake(f"seqkern::{_kernel.__name__}", _kernel)
+if WHY_NO_RECURRENT is None:
+    torch.library.register_fake("seqkern::recurrent_forward", recurrent_forward)
+    torch.library.register_fake("seqkern::recurrent_backward", recurrent_backward)
 
 
 def attention_forward(*arguments):

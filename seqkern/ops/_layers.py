@@ -6,6 +6,7 @@ Letters: T steps, B batch, N packed rows, I input, H hidden, P projected hidden 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -53,11 +54,41 @@ def check(
             f"for each of {num_layers} layers * {D} directions, got {len(params)} tensors"
         )
     w_ih, w_hh = params[0], params[1]
-    dtype, device = input.dtype, input.device
+    # torch.nn's cells and its packed LSTM leave a wrong dtype to the kernel.
+    unchecked = cell or (op == "lstm" and batch_sizes is not None)
+    T, B, input_size = check_input(input, w_ih, lengths, batch_sizes, cell, unchecked)
+
+    # The first weights say what I, H and P are.
+    G, P = w_ih.shape[0], w_hh.shape[-1]
+    H, odd = divmod(G, gates)
+    if odd:
+        raise RuntimeError(f"weight_ih_l0: expected [{gates}*H, I], got {tuple(w_ih.shape)}")
+    projects = per_direction % 2 == 1
+    if not projects:
+        P = H
+    shapes: tuple[tuple[int, ...], ...] = ((G, input_size), (G, P))
+    if per_direction >= 4:
+        shapes += ((G,), (G,))
+    if projects:
+        shapes += ((P, H),)
+    names = partial(param_names, len(params), num_layers, D)
+    check_tensors(input, states, params, shapes, (P, H), names, rows, B, D, cell)
+    return None if lengths is None else check_lengths(lengths, T, B, input.device)
+
+
+def check_input(
+    input: Tensor,
+    w_ih: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: bool,
+    unchecked_dtype: bool = False,
+) -> tuple[int, int, int]:
+    """T, B and I of an input that fits w_ih [G, I] in dtype and size. Another dtype is a ValueError, which
+    torch.nn checks first; a RuntimeError where it leaves that to its kernel."""
+    dtype = input.dtype
     if w_ih.dtype is not dtype:
-        # torch.nn checks this first, as a ValueError; its cells and its packed LSTM leave it to the kernel.
-        unchecked = cell or (op == "lstm" and batch_sizes is not None)
-        raise (RuntimeError if unchecked else ValueError)(
+        raise (RuntimeError if unchecked_dtype else ValueError)(
             f"input: expected the dtype of the weights, {w_ih.dtype}, got {dtype}. Convert the input, "
             f"input.to({w_ih.dtype}), or the model, model.to({dtype})"
         )
@@ -80,45 +111,49 @@ def check(
             raise ValueError("lengths: not with batch_sizes; a packed input carries its own lengths")
         N, input_size = input.shape
         T, B = _check_batch_sizes(batch_sizes, N)
-
-    # The first weights say what I, H and P are.
-    w_ih_shape, P = w_ih.shape, w_hh.shape[-1]
-    G = w_ih_shape[0]
-    H, odd = divmod(G, gates)
-    if w_ih_shape[-1] != input_size:
+    if w_ih.shape[-1] != input_size:
         layout = "[B, I]" if cell else "[T, B, I]" if batch_sizes is None else "[N, I]"
         raise RuntimeError(
-            f"input: expected {layout} with I = input_size = {w_ih_shape[-1]}, got {tuple(input.shape)}"
+            f"input: expected {layout} with I = input_size = {w_ih.shape[-1]}, got {tuple(input.shape)}"
         )
-    if odd:
-        raise RuntimeError(f"weight_ih_l0: expected [{gates}*H, I], got {tuple(w_ih_shape)}")
-    projects = per_direction % 2 == 1
-    if not projects:
-        P = H
-    shapes: tuple[tuple[int, ...], ...] = ((G, input_size), (G, P))
-    if per_direction >= 4:
-        shapes += ((G,), (G,))
-    if projects:
-        shapes += ((P, H),)
+    return T, B, input_size
+
+
+def check_tensors(
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    shapes: tuple[tuple[int, ...], ...],
+    state_sizes: tuple[int, ...],
+    names: Callable[[], list[str]],
+    rows: int,
+    B: int,
+    D: int,
+    cell: bool,
+) -> None:
+    """Parameters and states fit the input in dtype and device, and have their shapes.
+
+    shapes: of one direction's parameters in the first layer; state_sizes: P, H, ...; names: of all parameters
+    """
+    dtype, device = input.dtype, input.device
+    P = state_sizes[0]
     k = 0
     for row in range(rows):
         if row == D:  # above the first layer
-            shapes = ((G, D * P), *shapes[1:])
+            shapes = ((shapes[0][0], D * P), *shapes[1:])
         for shape in shapes:
             t = params[k]
-            if t.shape != shape or t.dtype is not dtype or t.device != device:
-                name = param_names(len(params), num_layers, D)[k].removesuffix("_l0" if cell else "")
-                raise _mismatch(name, t, shape, input)
+            if t is not None and (t.shape != shape or t.dtype is not dtype or t.device != device):
+                raise _mismatch(names()[k].removesuffix("_l0" if cell else ""), t, shape, input)
             k += 1
     for k, t in enumerate(states):
-        size = P if k == 0 else H
+        size = state_sizes[k]
         shape = (B, size) if cell else (rows, B, size)
         if t.shape != shape or t.dtype is not dtype or t.device != device:
             name = "hx" if len(states) == 1 else f"hx[{k}]"
-            letter = "proj_size" if projects and k == 0 else "H"
+            letter = "proj_size" if k == 0 and state_sizes[-1] != P else "H"
             letters = f"[B, {letter}] = " if cell else f"[D*num_layers, B, {letter}] = "
             raise _mismatch(name, t, shape, input, letters)
-    return None if lengths is None else check_lengths(lengths, T, B, device)
 
 
 def _mismatch(name: str, t: Tensor, shape: tuple[int, ...], input: Tensor, letters: str = "") -> RuntimeError:
@@ -214,7 +249,7 @@ def choose_backend(
         input.dtype,
         transformed=transformed((input,), states, params),
         wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_KERNELS,
+        missing=_backend.WHY_NO_RECURRENT if op == "recurrent" else _backend.WHY_NO_KERNELS,
         no_cuda=_backend.why_no_cuda(input),
     )
 
@@ -228,6 +263,12 @@ def wants_grad(*groups: Sequence[Tensor]) -> bool:
             if t.requires_grad:
                 return True
     return False
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A fresh seed, [1] int64, from torch's generator on the device: right under graph capture and in a
+    checkpoint."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -300,11 +341,10 @@ def zero_states(input: Tensor, rows: int, batch_sizes: Tensor | None, *sizes: in
 
 
 def run_layers(
-    layer: Layer,
+    layers: Sequence[Layer],
     input: Tensor,
     states: Sequence[Tensor],
     params: Sequence[Tensor],
-    num_layers: int,
     D: int,
     dropout: float,
     training: bool,
@@ -313,12 +353,13 @@ def run_layers(
 ) -> tuple[Tensor, ...]:
     """Stack the layers: (output, *final states). Dropout is torch's own, between the layers, so that its
     random stream is torch.nn's."""
+    num_layers = len(layers)
     if num_layers == 1:
-        return layer(input, states, params, lengths, batch_sizes)
+        return layers[0](input, states, params, lengths, batch_sizes)
     per_layer = len(params) // num_layers
     layer_states = list(zip(*(state.split(D) for state in states), strict=True))  # L times ([D, B, .], ...)
     y, finals = input, []
-    for k in range(num_layers):
+    for k, layer in enumerate(layers):
         if k > 0 and training and dropout > 0:
             y = F.dropout(y, dropout, training=True)
         y, *final = layer(
@@ -338,22 +379,30 @@ def eager_layer(
     params: Sequence[Tensor],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One layer by its reference formula.
+    """One layer by its reference formula; `mask` has x's rows and is given on by name.
 
     16-bit layers are computed in float32 and rounded once, at the store, as the kernels do it.
     """
     dtype = x.dtype
     if dtype in SIXTEEN_BITS:
-        x, states, params = x.float(), [s.float() for s in states], [p.float() for p in params]
+        x, states = x.float(), [s.float() for s in states]
+        params = [None if p is None else p.float() for p in params]
     if batch_sizes is not None:
         rows, lengths, T = packed_rows(batch_sizes, x.device)
         B = states[0].shape[1]
-        x = x.new_zeros((T * B, x.shape[1])).index_copy(0, rows, x).unflatten(0, (T, B))
-    outputs = reference(x, *states, params, lengths)
+        x = _unpacked(x, rows, T, B)
+        mask = None if mask is None else _unpacked(mask, rows, T, B)
+    outputs = reference(x, *states, params, lengths, **({} if mask is None else {"mask": mask}))
     if batch_sizes is not None:
         outputs = (outputs[0].flatten(0, 1).index_select(0, rows), *outputs[1:])
     return tuple(t.to(dtype) for t in outputs) if dtype in SIXTEEN_BITS else outputs
+
+
+def _unpacked(x: Tensor, rows: Tensor, T: int, B: int) -> Tensor:
+    """[N, .] -> [T, B, .], zero where no packed row lies."""
+    return x.new_zeros((T * B, x.shape[1])).index_copy(0, rows, x).unflatten(0, (T, B))
 
 
 def packed_rows(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, int]:

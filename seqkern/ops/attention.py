@@ -552,12 +552,12 @@ def _options(
 
 
 def new_seed(dropout_p: float, q: Tensor) -> Tensor | None:
-    """A fresh seed from torch's generator on q's device: right under graph capture and in a checkpoint."""
+    """The seed of a call's dropout."""
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"dropout_p: expected a probability, 0..1, got {dropout_p}")
     if dropout_p == 0:
         return None
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    return _layers.new_seed(q.device)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:

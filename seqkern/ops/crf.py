@@ -288,6 +288,17 @@ def _operator(name: str, backend: str, emissions: Tensor) -> Callable[..., tuple
     return getattr(torch.ops.seqkern, f"crf_{name}").default
 
 
+def _why_no_cpu() -> str | None:
+    if _backend.WHY_NO_KERNELS is not None:
+        return _backend.WHY_NO_KERNELS
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("seqkern::crf_forward", "CPU"):
+        return "it was built without the CRF's operators"
+    return None
+
+
+WHY_NO_CPU: str | None = _why_no_cpu()
+
+
 def _choose(op: str, chain: Sequence[Tensor], backend: str | None) -> str:
     emissions = chain[0]
     wish = _backend.current_wish() if backend is None else backend
@@ -298,7 +309,7 @@ def _choose(op: str, chain: Sequence[Tensor], backend: str | None) -> str:
         emissions.dtype,
         transformed=_layers.transformed(chain),
         wish=wish,
-        missing=_backend.WHY_NO_TRITON if on_gpu else _backend.WHY_NO_KERNELS,
+        missing=_backend.WHY_NO_TRITON if on_gpu else WHY_NO_CPU,
         num_tags=emissions.shape[2],
         interpreted=_backend.triton_interprets(),
     )

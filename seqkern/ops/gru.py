@@ -71,9 +71,9 @@ def gru(
 
     states = (hx,)
     lengths = _layers.check("gru", 3, input, states, params, num_layers, D, lengths, batch_sizes)
-    layer = _choose_layer(input, states, params, backend)
+    layer = choose_layer(input, states, params, backend)
     output, h_n = _layers.run_layers(
-        layer, input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
+        [layer] * num_layers, input, states, params, D, dropout, training, lengths, batch_sizes
     )
     return output, h_n
 
@@ -95,12 +95,12 @@ def gru_cell(
             return gru_cell(input.to(dtype), hx.to(dtype), [p.to(dtype) for p in params], backend=backend)
     states = (hx,)
     _layers.check("gru", 3, input, states, params, 1, 1, None, None, cell=True)
-    layer = _choose_layer(input, states, params, backend)
+    layer = choose_layer(input, states, params, backend)
     _, h_1 = layer(input.unsqueeze(0), (hx.unsqueeze(0),), params, None, None)
     return h_1.squeeze(0)
 
 
-def _choose_layer(input, states, params, backend):
+def choose_layer(input, states, params, backend):
     chosen = _layers.choose_backend("gru", input, states, params, backend)
     return _eager_layer if chosen == "eager" else _operator_layer
 

@@ -78,9 +78,9 @@ def lstm(
             return output.to(y_dtype), (h_n.to(y_dtype), c_n)
 
     lengths = _layers.check("lstm", 4, input, states, params, num_layers, D, lengths, batch_sizes)
-    layer = _choose_layer(input, states, params, backend)
+    layer = choose_layer(input, states, params, backend)
     output, h_n, c_n = _layers.run_layers(
-        layer, input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
+        [layer] * num_layers, input, states, params, D, dropout, training, lengths, batch_sizes
     )
     return output, (h_n, c_n)
 
@@ -104,13 +104,13 @@ def lstm_cell(
             hx = (hx[0].to(dtype), hx[1].to(dtype))
             return lstm_cell(input.to(dtype), hx, [p.to(dtype) for p in params], backend=backend)
     _layers.check("lstm", 4, input, hx, params, 1, 1, None, None, cell=True)
-    layer = _choose_layer(input, hx, params, backend)
+    layer = choose_layer(input, hx, params, backend)
     h_0, c_0 = hx
     _, h_1, c_1 = layer(input.unsqueeze(0), (h_0.unsqueeze(0), c_0.unsqueeze(0)), params, None, None)
     return h_1.squeeze(0), c_1.squeeze(0)
 
 
-def _choose_layer(input, states, params, backend):
+def choose_layer(input, states, params, backend):
     chosen = _layers.choose_backend("lstm", input, states, params, backend)
     return _eager_layer if chosen == "eager" else _operator_layer
 

@@ -75,9 +75,9 @@ def rnn(
 
     states = (hx,)
     lengths = _layers.check("rnn", 1, input, states, params, num_layers, D, lengths, batch_sizes)
-    layer = _choose_layer(input, states, params, nonlinearity, backend)
+    layer = choose_layer(input, states, params, nonlinearity, backend)
     output, h_n = _layers.run_layers(
-        layer, input, states, params, num_layers, D, dropout, training, lengths, batch_sizes
+        [layer] * num_layers, input, states, params, D, dropout, training, lengths, batch_sizes
     )
     return output, h_n
 
@@ -107,12 +107,12 @@ def rnn_cell(
             )
     states = (hx,)
     _layers.check("rnn", 1, input, states, params, 1, 1, None, None, cell=True)
-    layer = _choose_layer(input, states, params, nonlinearity, backend)
+    layer = choose_layer(input, states, params, nonlinearity, backend)
     _, h_1 = layer(input.unsqueeze(0), (hx.unsqueeze(0),), params, None, None)
     return h_1.squeeze(0)
 
 
-def _choose_layer(input, states, params, nonlinearity, backend):
+def choose_layer(input, states, params, nonlinearity, backend):
     if nonlinearity not in _EAGER_LAYER:
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     chosen = _layers.choose_backend("rnn", input, states, params, backend)

@@ -9,6 +9,7 @@ from seqkern.reference.attention import attention
 from seqkern.reference.crf import crf_best, crf_log_likelihood, crf_log_partition, crf_marginals
 from seqkern.reference.gru import gru_layer
 from seqkern.reference.lstm import lstm_layer
+from seqkern.reference.recurrent import recurrent_layer
 from seqkern.reference.rnn import rnn_layer
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "crf_marginals",
     "gru_layer",
     "lstm_layer",
+    "recurrent_layer",
     "rnn_layer",
 ]

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-PHILOX_ROUNDS = 10
-WORD = 0xFFFFFFFF
+from seqkern.reference._philox import hits
 
 
 def attention(
@@ -114,45 +113,19 @@ def dropout_keep(
 ) -> Tensor:
     """The weights that dropout keeps, bool [B, N, L, S]: a function of the seed and the position alone.
 
-    Philox4x32-10 with the seed as key and the counter (s >> 3, l, b * N + n, 0) gives four words; their eight
-    16-bit halves, low half first, serve s & 7 = 0 … 7, and a weight is kept if its half, as an unsigned
-    number, is at least round(p * 65536).
+    A weight is dropped where `hits` of seqkern.reference._philox says so, with s as the unit and the counters
+    l, b * N + n, 0.
 
     Args:
         seed: [1] int64 on any device, which the result shares
         p: probability of dropping
         shape: (B, N, L, S), or a part of it: (1, heads, queries, S) beginning at `first`
         first: (b * N + n, l, s) of the part's first weight, s a multiple of 8
-    Source:
-        Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011
     """
     B, N, L, S = shape
     row, l0, s0 = first
-    device, groups = seed.device, (S + 7) // 8
-    rows = torch.arange(row, row + B * N, device=device)[:, None, None]
-    queries = torch.arange(l0, l0 + L, device=device)[:, None]
-    keys = torch.arange(s0 // 8, s0 // 8 + groups, device=device)
-    counter = [c.expand(B * N, L, groups) for c in (keys, queries, rows, torch.zeros_like(keys))]
-    words = philox(counter, seed)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (halves.flatten(-2)[..., :S] >= round(p * 65536)).view(B, N, L, S)
-
-
-def philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
-    """Four 32-bit words, each held in int64, for four words of counter and an int64 key [1]."""
-    c0, c1, c2, c3 = counter
-    key0, key1 = seed & WORD, (seed >> 32) & WORD
-    for _ in range(PHILOX_ROUNDS):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0, key1 = (key0 + 0x9E3779B9) & WORD, (key1 + 0xBB67AE85) & WORD
-    return [c0, c1, c2, c3]
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of a 32-bit word and factor < 2^32, within int64."""
-    low = word * (factor & 0xFFFF)  # < 2^48
-    high = word * (factor >> 16)
-    total = low + ((high & 0xFFFF) << 16)
-    return (high >> 16) + (total >> 32), total & WORD
+    device = seed.device
+    rows = torch.arange(row, row + B * N, device=device)[:, None]
+    queries = torch.arange(l0, l0 + L, device=device)
+    dropped = hits(seed, p, S, queries, rows, rows.new_zeros(()), first=s0)
+    return ~dropped.view(B, N, L, S)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from seqkern.train.corpus import Windows
 
-State = Any  # a tensor, or a tuple of states: h for RNN and GRU, (h, c) for LSTM
+State = Any  # a tensor, or a tuple of states: h for RNN and GRU, (h, c) for LSTM, as each cell carries it
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
@@ -26,11 +26,27 @@ def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     return tuple(map_state(function, part) for part in state)
 
 
-class TruncatedBPTT:
-    """Trains a model of the form `logits, state = model(ids, state)` on windows that follow each other.
+def detach_state(state: State) -> State:
+    """The state cut from the graph that computed it: the next window starts from its values alone."""
+    return map_state(Tensor.detach, state)
 
-    One `step` per window: forward from the state that the window before left, detached; mean cross-entropy;
-    backward; gradients clipped to the norm `clip`; optimizer and, where given, scheduler step.
+
+def reset_state(state: State, rows: Tensor) -> State:
+    """The state [..., B, .] with zeros in the rows [B] that are True, through which no gradient passes."""
+    return map_state(lambda part: torch.where(rows.to(part.device).unsqueeze(1), 0, part), state)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class TruncatedBPTT:
+    """Trains a model of the form `outputs, state = model(inputs, state)` on windows that follow each other.
+
+    One `step` per window: forward from the state that the window before left, detached; the loss of outputs
+    and targets; backward; gradients clipped to the norm `clip`; optimizer and, where given, scheduler step.
+    Without `loss` it is a language model's: outputs are logits [T, B, V], and the loss is the mean
+    cross-entropy, which `step` tells in bits per target.
     """
 
     def __init__(
@@ -40,33 +56,43 @@ class TruncatedBPTT:
         *,
         clip: float = 1.0,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.clip = clip
         self.scheduler = scheduler
+        self.loss = _cross_entropy if loss is None else loss
+        self.unit = math.log(2) if loss is None else 1.0
         self.state: State | None = None
 
     def reset(self) -> None:
         """Forgets the state: the next window does not follow the last one."""
         self.state = None
 
-    def step(self, inputs: Tensor, targets: Tensor) -> float:
+    def step(self, inputs: Any, targets: Any, *, reset: Tensor | None = None) -> float:
         """
-        Args:     inputs, targets: [T, B] int64
-        Returns:  the window's mean loss, before the update, in bits per target
+        Args:     inputs, targets: what the model and the loss take; a language model's: [T, B] int64
+                  reset: bool, [B]: rows that start from zeros; [T, B]: given to the model as `reset`, which
+                  seqkern's layers take: sequences that start inside the window
+        Returns:  the window's loss, before the update; cross-entropy in bits per target
         """
         self.model.train()
-        logits, state = self.model(inputs, self.state)
-        self.state = map_state(Tensor.detach, state)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        keywords = {}
+        if reset is not None and reset.dim() == 1:
+            self.state = None if self.state is None else reset_state(self.state, reset)
+        elif reset is not None:
+            keywords = {"reset": reset}
+        outputs, state = self.model(inputs, self.state, **keywords)
+        self.state = detach_state(state)
+        loss = self.loss(outputs, targets)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        return loss.item() / math.log(2)
+        return loss.item() / self.unit
 
     def train(self, windows: Windows, steps: int, *, start: int = 0) -> Iterator[float]:
         """Yields the losses of steps start, start + 1, …; from zero state again where the windows end.
