@@ -16,8 +16,13 @@ from bench import cases, harness, limits, parity, store
 from bench import machine as machine_facts
 from bench.cases import BY_NAME
 
-CHECK_FLOPS = {torch.float32: 5e8, torch.bfloat16: 2e8, torch.float16: 3e7}  # a plain check's forward pass
-QUICK_GATE_FLOPS = {torch.float32: 4e9, torch.bfloat16: 1e9, torch.float16: 1e8}
+CHECK_FLOPS = {
+    torch.float64: 5e8,
+    torch.float32: 5e8,
+    torch.bfloat16: 2e8,
+    torch.float16: 3e7,
+}  # a plain check's forward pass
+QUICK_GATE_FLOPS = {torch.float64: 4e9, torch.float32: 4e9, torch.bfloat16: 1e9, torch.float16: 1e8}
 FULL = harness.Budget(seconds=1.0, least=5)
 QUICK = harness.Budget(seconds=0.4, least=3, limit=5.0)
 GPU = harness.Budget(seconds=0.3, least=5, limit=4.0)  # many cases in a few minutes
@@ -305,7 +310,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 f"seqkern {entry['seqkern']['ratio']:.2f}"
             )
     for entries in session.new.values():
-        for entry in entries.get("attention", []):
+        for entry in [*entries.get("attention", []), *entries.get("crf", [])]:
             times = [f"{name} {spread['median'] * 1e3:.3f}" for name, spread in entry["peers"].items()]
             mark = {"slower": "  SLOWER", "even": "  even", "faster": ""}[entry["verdict"]]
             terminalreporter.write_line(

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import attention, cases, encoder_decoder, limits, store
+from bench import attention, cases, crf, encoder_decoder, limits, store
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -92,12 +92,12 @@ def floor_ratio(results: Results, entry: Entry, side: str = "seqkern") -> float 
 
 def whole_passes(results: Results) -> list[Entry]:
     """All that was measured but backward passes on their own, which are on the machine's page only."""
-    found = [*results.speed.values(), *results.kinds["attention"].values()]
+    found = [*results.speed.values(), *results.kinds["attention"].values(), *results.kinds["crf"].values()]
     return [entry for entry in found if entry["mode"] != "backward"]
 
 
 def slower(results: Results) -> list[Entry]:
-    """Whole passes that lose to torch.nn (attention: to its fastest peer)."""
+    """Whole passes that lose to torch.nn (attention: to its fastest peer; CRF: to pytorch-crf)."""
     return [entry for entry in whole_passes(results) if entry["verdict"] == "slower"]
 
 
@@ -462,6 +462,25 @@ def encoder_decoder_table(results: Results) -> str:
     return table(head, rows) if rows else ""
 
 
+def crf_table(results: Results) -> str:
+    """The conditional random field against pytorch-crf."""
+    found, rows = results.kinds["crf"], []
+    for dtype, case in crf.CELLS:
+        cells = []
+        for mode in crf.MODES:
+            entry = found.get(f"{crf.FAMILY}-{dtype}-{case.name}-{mode}")
+            goal = crf.TARGETS.get((case.name, mode)) if dtype == "float32" else None
+            if entry is not None and goal is not None and results.machine["device"] == "cpu":
+                cells.append(verdict_cell(entry["ratio"], goal))
+            else:
+                cells.append(ratio_cell(entry))
+        if any(cells):
+            rows.append([f"{case.describe()} {'fp64' if dtype == 'float64' else 'fp32'}", *cells])
+    peers = sorted({entry["best"] for entry in found.values()})
+    head = [f"CRF (B, T, K), against {' and '.join(peers)}", "forward", "fwd+bwd", "decode"]
+    return table(head, rows) if rows else ""
+
+
 def losses_line(results: Results) -> str:
     measured, lost = whole_passes(results), slower(results)
     if not lost:
@@ -497,6 +516,7 @@ def machine_section(results: Results) -> str:
         attention_table(results),
         attention_functions(results),
         encoder_decoder_table(results),
+        crf_table(results),
         f"![Speed relative to torch.nn, by case]({page}/speed.png)",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -535,7 +555,7 @@ def detail_page(results: Results) -> str:
         "of the limit",
         "closest to its bound",
     ]
-    for entry in results.kinds["attention"].values():
+    for entry in [*results.kinds["attention"].values(), *results.kinds["crf"].values()]:
         spreads = [entry["peers"][entry["best"]], entry["seqkern"]]
         times = [f"{seconds(s['median'])} ({seconds(s['p20'])}–{seconds(s['p80'])})" for s in spreads]
         parity = entry["parity"]

@@ -48,7 +48,9 @@ struct CellShape {
   bool saves_h;        // backward reads the h that the cell made
   int own;             // parameters of its own: of these sizes, in H (0: [*, H])
   int own_gates[kMostOwn];
-  int sums;  // gradients per unit that are summed over all rows, for own parameters
+  int sums;  // gradients per unit that are summed over all rows, for own parameters; of normalised
+             // rows: of pre-activations before gain and bias, of a GRU's W_hn h, of the normalised
+             // c
 };
 
 // In the order of CellKind.
@@ -67,8 +69,8 @@ constexpr CellShape kCellShapes[] = {
     {"nested_lstm", 4, 4, 4, 0, 8, 10, 3, 4, 2, 4, false, false, 4, {0, 0, 4, 4}, 0},
     {"nested_gru", 3, 3, 4, 2, 8, 8, 1, 3, 2, 4, false, false, 4, {0, 0, 3, 3}, 0},
     {"slstm", 4, 4, 4, 0, 4, 8, 4, 4, 0, 0, false, false, 0, {}, 0},
-    {"layer_norm_lstm", 4, 4, 4, 0, 8, 14, 2, 4, 0, 0, true, false, 6, {4, 4, 4, 4, 1, 1}, 14},
-    {"layer_norm_gru", 3, 3, 3, 0, 6, 10, 1, 3, 0, 0, true, false, 4, {3, 3, 3, 3}, 10},
+    {"layer_norm_lstm", 4, 4, 4, 0, 8, 14, 2, 4, 0, 0, true, false, 6, {4, 4, 4, 4, 1, 1}, 5},
+    {"layer_norm_gru", 3, 3, 3, 0, 6, 10, 1, 3, 0, 0, true, false, 4, {3, 3, 3, 3}, 4},
 };
 constexpr int kCells = int(sizeof(kCellShapes) / sizeof(kCellShapes[0]));
 

@@ -184,6 +184,7 @@ struct AdditiveForwardParams;  // additive_params.h
 struct AdditiveBackwardParams;
 struct AdditiveStepParams;
 struct GatesParams;
+struct CrfKernels;  // crf_params.h
 
 // One instruction set's kernels.
 struct KernelTable {
@@ -206,6 +207,7 @@ struct KernelTable {
   void (*additive_step)(const AdditiveStepParams&);
   void (*gates_forward)(const GatesParams&);
   void (*gates_backward)(const GatesParams&);
+  const CrfKernels* crf;
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

@@ -11,6 +11,7 @@ from seqkern.info import info
 from seqkern.nn import (
     CIFG,
     CIFGLSTM,
+    CRF,
     GRU,
     LSTM,
     MGU,
@@ -51,6 +52,7 @@ from seqkern.nn import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    bio_constraints,
 )
 from seqkern.ops import scaled_dot_product_attention, use_backend, varlen_attention
 from seqkern.plan import plan
@@ -60,6 +62,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CIFG",
     "CIFGLSTM",
+    "CRF",
     "GRU",
     "LSTM",
     "MGU",
@@ -101,6 +104,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "__version__",
+    "bio_constraints",
     "info",
     "nn",
     "ops",

@@ -9,7 +9,7 @@ from cases import OURS
 from compare import agree
 from conftest import why_no_cpu_backend
 from recurrent_cases import CELL_NAMES, PLAIN, Case, check_parity, evaluate_case
-from test_variants import regularised, why_no_kernel
+from test_variants import regularised
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -50,7 +50,7 @@ def test_equations(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_cell
 def test_kernels(cell: str, dtype: torch.dtype) -> None:
-    if why := why_no_kernel(cell):
+    if why := why_no_cpu_backend():
         pytest.skip(why)
     for form in ("padded", "lengths", "packed"):
         case = Case(cell, T=17, B=5, H=17, reset=True, bidirectional=True, form=form, dtype=dtype)

@@ -80,8 +80,9 @@ struct Backward : Layer<S> {
     const A** mid_row[kMostMid][kMostDirections];
     C *dw_ih[kMostDirections], *dw_hh[kMostDirections], *dw_hr[kMostDirections];  // sums, where S
     C* dw_second[kMostProducts][kMostDirections];                                 // is narrower
-    C* db[kMostDirections];  // [width]: sums of dpre's columns
-    C* dx;                   // [rows][I]: of the directions so far, where S is narrower
+    C* db[kMostDirections];     // [width]: sums of dpre's columns
+    C* dgain[kMostDirections];  // [gains][Hp]: of dpre times normalised values
+    C* dx;                      // [rows][I]: of the directions so far, where S is narrower
     Scratch rest;
   };
   // The steps of one stage, and the rows that either way through time meets in them. The bounds of
@@ -186,7 +187,10 @@ struct Backward : Layer<S> {
           memory.dw_second[i][d] = scratch.take<C>(second[i].gates * H * H);
       }
       memory.dpre[d] = scratch.take<A>(chunk_rows * ld);
-      if (q.need_dweights) memory.db[d] = scratch.take<C>(round_up(width, L));
+      if (q.need_dweights) {
+        memory.db[d] = scratch.take<C>(round_up(width, L));
+        memory.dgain[d] = scratch.take<C>(gains() * Hp);
+      }
       if (projected) {
         memory.dh[d] = scratch.take<A>(chunk_rows * P);
         take_rows(scratch, memory.m[d], memory.m_row[d], chunk_rows, H);
@@ -556,6 +560,7 @@ struct Backward : Layer<S> {
                 memory.mid_row[second[i].mid][d], H, memory.dw_second[i][d],
                 cell.mid == 1 ? (S*)dw.w_hh + first.gates * H * P : (S*)dw.own[i]);
     if (projected) add_outer(memory.dh[d], P, P, memory.m_row[d], H, memory.dw_hr[d], (S*)dw.w_hr);
+    if (cell.rows) make_gains(memory, chunk, d, thread, threads);
     if (cell.rows || cell.own > 0 || first.gates == 0 || dw.b_ih || dw.b_hh)
       make_db(memory.db[d], chunk, chunk_rows, dpre, dw, thread, threads);
   }
@@ -612,12 +617,49 @@ struct Backward : Layer<S> {
       if (chunk.last) convert(dw + m0 * N, sum + m0 * N, (m1 - m0) * N);
   }
 
+  // Gains of normalised rows: of W_ih x, of W_hh h, and of c.
+  int gains() const { return cell.rows ? 2 * G + (states > 0 ? 1 : 0) : 0; }
+
+  // Sums of gradients times what was normalised, over all chunks in dgain; this thread makes some
+  // blocks of them.
+  void make_gains(const Memory& memory, const Chunk& chunk, int64_t d, int thread,
+                  int threads) const {
+    const int64_t begin = chunk.row[this->backwards(d)], n = chunk.rows[this->backwards(d)];
+    const WeightGradients& dw = q.dweights[d];
+    for (int gain = 0; gain < gains(); gain++) {
+      const bool of_c = gain == 2 * G, of_hidden = gain >= G && !of_c;
+      const int gate = of_c ? 0 : gain % G;
+      const bool apart = of_hidden && states == 0 && gate == 2;  // a GRU's W_hn h
+      const int plane = cell.slots + (of_c || apart ? G : gate);
+      const int value = of_c ? 2 * G + 4 : gain;
+      S* out = (S*)dw.own[of_c ? 4 : of_hidden ? 2 : 0] + gate * H;
+      for (int64_t u = part_begin(blocks, thread, threads);
+           u < part_begin(blocks, thread + 1, threads); u++) {
+        C* total = memory.dgain[d] + gain * Hp + u * L;
+        V sum = chunk.first ? V{} : load(total);
+        for (int64_t row = 0; row < n; row += kBlockSum) {
+          const int64_t end = row + kBlockSum < n ? row + kBlockSum : n;
+          V partial{};
+          for (int64_t r = row; r < end; r++) {
+            const S* saved = (const S*)q.reserve + ((begin + r) * D + d) * this->reserve_row;
+            partial += load_first(memory.dpre[d] + r * ld + plane * H + u * L, H - u * L) *
+                       load(saved + (u * saved_count + value) * L);
+          }
+          sum += partial;
+        }
+        store(total, sum);
+        if (chunk.last) store_first(out + u * L, sum, H - u * L);
+      }
+    }
+  }
+
   // db_ih and db_hh: sums of dpre's columns, over all chunks in db.
   void make_db(C* db, const Chunk& chunk, int64_t chunk_rows, const A* dpre,
                const WeightGradients& dw, int thread, int threads) const {
-    const int64_t vectors = ceil_div(width, L);
-    const int64_t c0 = part_begin(vectors, thread, threads) * L;
-    int64_t c1 = part_begin(vectors, thread + 1, threads) * L;
+    const int64_t begin = cell.rows ? cell.slots * H : 0;  // those before are of products
+    const int64_t vectors = ceil_div(width - begin, L);
+    const int64_t c0 = begin + part_begin(vectors, thread, threads) * L;
+    int64_t c1 = begin + part_begin(vectors, thread + 1, threads) * L;
     if (c1 > width) c1 = width;
     if (c0 >= c1) return;
     for (int64_t c = c0; c < c1; c += L) {
@@ -642,19 +684,12 @@ struct Backward : Layer<S> {
       if (plane >= slot && plane < slot + gates) give(gradient, (plane - slot + rotation) % gates);
     };
     const int own = plane - cell.slots;
-    if (cell.rows) {  // gains of W_ih x and W_hh h, what both biases share, what is the state's
-      give_slots(dw.own[0], cell.slots, G, 0);
-      give_slots(dw.own[2], cell.slots + G, G, 0);
-      give_slots(dw.b_ih, cell.slots + 2 * G, G, 0);
-      give_slots(dw.own[1], cell.slots + 2 * G, G, 0);
-      if (states > 0) {
-        give_slots(dw.own[3], cell.slots + 2 * G, G, 0);
-        give_slots(dw.own[4], cell.slots + 3 * G, 1, 0);
-        give_slots(dw.own[5], cell.slots + 3 * G + 1, 1, 0);
-      } else {
-        if (own >= 2 * G && own < 2 * G + 2) give(dw.own[3], own - 2 * G);
-        if (own == 3 * G) give(dw.own[3], 2);
-      }
+    if (cell.rows) {  // what biases share, then a GRU's b_hn or the bias of c
+      const bool lstm = states > 0;
+      give_slots(dw.b_ih, cell.slots, G, 0);
+      give_slots(dw.own[1], cell.slots, G, 0);
+      if (lstm || own < 2) give_slots(dw.own[3], cell.slots, G, 0);
+      if (own == G) give(lstm ? dw.own[5] : dw.own[3], lstm ? 0 : 2);
       return;
     }
     const int hidden = cell.hidden_gates > 0 ? cell.hidden_gates : 1;

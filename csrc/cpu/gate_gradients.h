@@ -193,9 +193,9 @@ SEQKERN_INLINE C sum_of_lanes(Vec<C> v) {
   return sum;
 }
 
-// From the gradients of the normalised products of a row, held [plane][Hp] (W_hh's n of a GRU
-// apart), to those of the products themselves, and to the summands of gains and biases: planes
-//   [G] W_ih x   [G] W_hh h   [G] its gain   [G] W_hh h's gain   [G] the sums themselves
+// From the gradients of what gain and bias make of a row's normalised products, which are also
+// summed over all rows, to those of the products themselves: planes
+//   [G] W_ih x   [G] W_hh h   [G] as given
 template <class S, class Held>
 SEQKERN_INLINE void differentiate_products(const Backward<S>& pass,
                                            const typename Backward<S>::Span& s, int64_t j,
@@ -218,7 +218,6 @@ SEQKERN_INLINE void differentiate_products(const Backward<S>& pass,
     for (int64_t u = 0; u < pass.blocks; u++)
       for (int k = 0; k < G; k++) {
         const V d = gradient(side, u, k), x = normalised(u, k);
-        store_first(out + (2 + side) * G * H + k * H + u * L, d * x, H - u * L);
         sum += d * gain(u, k);
         sum_normalised += d * gain(u, k) * x;
       }
@@ -233,7 +232,7 @@ SEQKERN_INLINE void differentiate_products(const Backward<S>& pass,
   }
   for (int64_t u = 0; u < pass.blocks; u++)
     for (int k = 0; k < G; k++)
-      store_first(out + (4 * G + k) * H + u * L, gradient(0, u, k), H - u * L);
+      store_first(out + (2 * G + k) * H + u * L, gradient(0, u, k), H - u * L);
 }
 
 template <class S>
@@ -260,8 +259,7 @@ void Backward<S>::normalised_lstm(const Span& s) const {
       store(dh_memory, block.kept_h);
       store(held + 3 * Hp + u * L, dpre[3]);
       store(held + 4 * Hp + u * L, d * gain);
-      store_first(out + 20 * H + u * L, d * normalised, block.valid);
-      store_first(out + 21 * H + u * L, d, block.valid);
+      store_first(out + 12 * H + u * L, d, block.valid);
       sum += d * gain;
       sum_normalised += d * gain * normalised;
     }
@@ -305,7 +303,7 @@ void Backward<S>::normalised_gru(const Span& s) const {
       store(held + Hp + u * L, dpre[2]);
       store(held + 2 * Hp + u * L, dpre[0]);
       store(held + 3 * Hp + u * L, dpre[3]);  // W_hh's n
-      store_first(out + 15 * H + u * L, dpre[3], block.valid);
+      store_first(out + 9 * H + u * L, dpre[3], block.valid);
     }
     differentiate_products(*this, s, j, out, [&](int side, int64_t u, int k) {
       return load(held + (side == 1 && k == 2 ? 3 : k) * Hp + u * L);

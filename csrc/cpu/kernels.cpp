@@ -17,6 +17,7 @@ size_t attention_forward_scratch(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 size_t attention_backward_scratch(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+extern const CrfKernels crf_kernels;  // crf_kernels.cpp
 
 // additive_attention_kernels.cpp
 size_t additive_forward_scratch(const AdditiveForwardParams& p);
@@ -196,6 +197,7 @@ const KernelTable& kernel_table() {
                                         additive_step,
                                         gates_forward,
                                         gates_backward,
+                                        &crf_kernels,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};

@@ -4,6 +4,7 @@ from seqkern.nn._recurrent import Regularised
 from seqkern.nn.attention import MultiHeadAttention, MultiheadAttention
 from seqkern.nn.attention_decoder import AttentionDecoder, DecoderState
 from seqkern.nn.cache import KeyValueCache
+from seqkern.nn.crf import CRF, Constraints, bio_constraints
 from seqkern.nn.encoder_decoder import (
     AdditiveAttention,
     AttentionPooling,
@@ -48,6 +49,7 @@ from seqkern.nn.variants import (
 __all__ = [
     "CIFG",
     "CIFGLSTM",
+    "CRF",
     "GRU",
     "LSTM",
     "MGU",
@@ -57,6 +59,7 @@ __all__ = [
     "AttentionDecoder",
     "AttentionPooling",
     "CIFGLSTMCell",
+    "Constraints",
     "DecoderLayerCache",
     "DecoderState",
     "DotProductAttention",
@@ -89,4 +92,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "bio_constraints",
 ]

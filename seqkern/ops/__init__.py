@@ -6,6 +6,7 @@ from seqkern.ops._cells import CELLS
 from seqkern.ops.additive_attention import additive_attention
 from seqkern.ops.attention import scaled_dot_product_attention, varlen_attention
 from seqkern.ops.attention_decoder import attention_decoder
+from seqkern.ops.crf import crf_decode, crf_log_likelihood, crf_log_partition, crf_marginals
 from seqkern.ops.dot_attention import dot_attention
 from seqkern.ops.gru import gru, gru_cell
 from seqkern.ops.lstm import lstm, lstm_cell
@@ -16,6 +17,10 @@ __all__ = [
     "CELLS",
     "additive_attention",
     "attention_decoder",
+    "crf_decode",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
     "dot_attention",
     "gru",
     "gru_cell",

@@ -1,10 +1,10 @@
 """Which backend computes an operation: one pure function over a table, and the caller's wish.
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
-cpu     recurrent layers and additive attention: the compiled kernels in csrc/cpu; attention:
+cpu     recurrent layers, additive attention and CRF: the compiled kernels in csrc/cpu; attention:
         seqkern.ops.attention_cpu
 cuda    rnn, lstm and gru: the compiled kernels in csrc/cuda
-triton  attention, additive attention: the kernels in seqkern.triton
+triton  attention, additive attention, CRF: the kernels in seqkern.triton
 """
 
 import importlib.util
@@ -30,8 +30,13 @@ BACKENDS_OF: dict[str, tuple[str, ...]] = {  # besides eager
     "attention": ("cpu", "triton"),
     "additive_attention": ("cpu", "triton"),
     "attention_decoder": ("cpu",),
+    "crf": ("cpu", "triton"),
+    "crf_nbest": ("cpu",),  # several best sequences
 }
+CRF = frozenset({"crf", "crf_nbest"})
+CRF_DTYPES = frozenset({torch.float32, torch.float64})  # 16-bit tensors are computed in float32
 MAX_HEAD_DIM = 256  # of the Triton kernels
+MAX_TAGS = 128  # of the Triton kernels
 MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
 
 
@@ -142,7 +147,7 @@ def current_wish() -> str | None:
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every seqkern operation of this thread on the backend `name`, "eager", "cpu", "cuda" (recurrent
-    layers) or "triton" (attention); None frees the choice.
+    layers) or "triton" (attention, CRF); None frees the choice.
 
     A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
     `backend=` wins over this. Code under torch.compile follows it too, recompiled for each backend, in all
@@ -188,6 +193,7 @@ def refusal(
     missing: str | None = None,
     no_cuda: str | None = None,
     head_dim: int = 0,
+    num_tags: int = 0,
     interpreted: bool = False,
 ) -> str | None:
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
@@ -202,6 +208,8 @@ def refusal(
     if backend == "cpu":
         if device != "cpu":
             return f"cpu needs tensors on a CPU, got {device}"
+        if op in CRF and dtype not in CRF_DTYPES:
+            return f"cpu computes float32 and float64, got {dtype}"
         if dtype not in COMPILED_DTYPES:
             return f"cpu computes float32, float64, bfloat16 and float16, got {dtype}"
     elif backend == "cuda":
@@ -214,10 +222,14 @@ def refusal(
     else:
         if device != "cuda" and not interpreted:
             return f"triton needs tensors on a CUDA device, got {device}"
-        if dtype not in TRITON_DTYPES and not interpreted:
+        if op in CRF and dtype not in CRF_DTYPES:
+            return f"triton computes float32 and float64, got {dtype}"
+        if op not in CRF and dtype not in TRITON_DTYPES and not interpreted:
             return f"triton computes float32, bfloat16 and float16, got {dtype}"
         if head_dim > MAX_HEAD_DIM:
             return f"triton needs head_dim <= {MAX_HEAD_DIM}, got {head_dim}"
+        if num_tags > MAX_TAGS:
+            return f"triton needs num_tags <= {MAX_TAGS}, got {num_tags}"
     if transformed:
         return f"{backend} has no rule for torch.func transforms and forward-mode differentiation"
     return None
@@ -233,20 +245,23 @@ def choose(
     missing: str | None = None,
     no_cuda: str | None = None,
     head_dim: int = 0,
+    num_tags: int = 0,
     interpreted: bool = False,
 ) -> str:
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru", "recurrent", "attention", "additive_attention", "attention_decoder"
+        op: "rnn", "lstm", "gru", "recurrent", "attention", "additive_attention", "attention_decoder",
+            "crf", "crf_nbest"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent
         wish: the backend the caller named, None for a free choice
         missing: why the kernels are not there, None if they are: a recurrent layer's compiled ones,
-            attention's Triton ones, additive attention's that its device takes
+            attention's Triton ones, additive attention's and a CRF's of its device
         no_cuda: why a recurrent layer's CUDA kernels cannot run on this device, None if they can
         head_dim: the larger of attention's two
+        num_tags: a CRF's
         interpreted: Triton's kernels run in its interpreter, on any device; for tests, never chosen freely
     Raises:
         ValueError: wish is no backend
@@ -260,6 +275,7 @@ def choose(
                 missing=missing,
                 no_cuda=no_cuda,
                 head_dim=head_dim,
+                num_tags=num_tags,
             )
             if why_not is None:
                 return backend
@@ -271,6 +287,7 @@ def choose(
         missing=missing,
         no_cuda=no_cuda,
         head_dim=head_dim,
+        num_tags=num_tags,
         interpreted=interpreted,
     )
     if why_not is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkern.ops import _additive, _attention, _cells, attention_decoder  # noqa: F401  (define operators)
+from seqkern.ops import _additive, _attention, _cells, attention_decoder, crf  # noqa: F401  (define operators)
 from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
 from seqkern.ops._backend import WHY_NO_KERNELS
 
@@ -184,3 +184,32 @@ def attention_decoder_backward(dy, dc_n, dcontext, dweights, gates, h0, c0, w_hh
 
 torch.library.register_fake("seqkern::attention_decoder_forward", attention_decoder_forward)
 torch.library.register_fake("seqkern::attention_decoder_backward", attention_decoder_backward)
+
+
+def crf_forward(emissions, start, end, transitions, tags, mask, lengths, save):
+    T, B, K = emissions.shape
+    padded = (K + crf.ALPHAS_MULTIPLE - 1) // crf.ALPHAS_MULTIPLE * crf.ALPHAS_MULTIPLE
+    return emissions.new_empty((B,)), emissions.new_empty((B, T, padded) if save else (0,))
+
+
+def crf_backward(dvalue, emissions, start, end, transitions, tags, mask, lengths, alphas, need_dparams):
+    T, B, K = emissions.shape
+    if emissions.stride(2) == 1 and emissions.stride(0) < emissions.stride(1):
+        demissions = emissions.new_empty((B, T, K)).transpose(0, 1)
+    else:
+        demissions = emissions.new_empty((T, B, K))
+    return demissions, *(_dparams((start, end, transitions), need_dparams) or _nothing(dvalue))
+
+
+def crf_decode(emissions, start, end, transitions, mask, lengths, n):
+    T, B, _ = emissions.shape
+    return emissions.new_empty((n, B, T), dtype=torch.int64), emissions.new_empty((n, B))
+
+
+def _nothing(x: Tensor) -> list[Tensor]:
+    return [x.new_empty((0,)) for _ in range(3)]
+
+
+torch.library.register_fake("seqkern::crf_forward", crf_forward)
+torch.library.register_fake("seqkern::crf_backward", crf_backward)
+torch.library.register_fake("seqkern::crf_decode", crf_decode)

@@ -8,6 +8,7 @@ these functions in float64, and double backward differentiates them.
 from seqkern.reference.additive_attention import additive_attention
 from seqkern.reference.attention import attention
 from seqkern.reference.attention_decoder import attention_decoder
+from seqkern.reference.crf import crf_best, crf_log_likelihood, crf_log_partition, crf_marginals
 from seqkern.reference.gru import gru_layer
 from seqkern.reference.lstm import lstm_layer
 from seqkern.reference.recurrent import recurrent_layer
@@ -17,6 +18,10 @@ __all__ = [
     "additive_attention",
     "attention",
     "attention_decoder",
+    "crf_best",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
     "gru_layer",
     "lstm_layer",
     "recurrent_layer",
