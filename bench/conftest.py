@@ -310,7 +310,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 f"seqkern {entry['seqkern']['ratio']:.2f}"
             )
     for entries in session.new.values():
-        for entry in [*entries.get("attention", []), *entries.get("crf", [])]:
+        for entry in (entry for kind in store.COMPARED for entry in entries.get(kind, [])):
             times = [f"{name} {spread['median'] * 1e3:.3f}" for name, spread in entry["peers"].items()]
             mark = {"slower": "  SLOWER", "even": "  even", "faster": ""}[entry["verdict"]]
             terminalreporter.write_line(

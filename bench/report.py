@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import attention, cases, crf, encoder_decoder, limits, store
+from bench import attention, cases, crf, encoder_decoder, limits, store, variants
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -90,14 +90,20 @@ def floor_ratio(results: Results, entry: Entry, side: str = "seqkern") -> float 
     return entry[side]["median"] / (entry["steps"] * entry["recurrent_bytes"] / (rate * 1e9))
 
 
+def compared(results: Results) -> list[Entry]:
+    """What has peers by name."""
+    return [entry for kind in store.COMPARED for entry in results.kinds[kind].values()]
+
+
 def whole_passes(results: Results) -> list[Entry]:
     """All that was measured but backward passes on their own, which are on the machine's page only."""
-    found = [*results.speed.values(), *results.kinds["attention"].values(), *results.kinds["crf"].values()]
+    found = [*results.speed.values(), *compared(results)]
     return [entry for entry in found if entry["mode"] != "backward"]
 
 
 def slower(results: Results) -> list[Entry]:
-    """Whole passes that lose to torch.nn (attention: to its fastest peer; CRF: to pytorch-crf)."""
+    """Whole passes that lose to torch.nn (attention: to its fastest peer; CRF: to pytorch-crf; variants: to a
+    loop)."""
     return [entry for entry in whole_passes(results) if entry["verdict"] == "slower"]
 
 
@@ -481,6 +487,25 @@ def crf_table(results: Results) -> str:
     return table(head, rows) if rows else ""
 
 
+def variants_table(results: Results) -> str:
+    """The recurrent variants against an eager loop, and what they cost beside LSTM, GRU or RNN."""
+    found, rows = results.kinds["variants"], []
+    for dtype, case in variants.CELLS:
+        row: list[str] = []
+        for mode in variants.MODES:
+            entry = found.get(f"{variants.FAMILY}-{dtype}-{case.name}-{mode}")
+            if entry is None:
+                row += ["", ""]
+                continue
+            training = mode == "training" and results.machine["device"] == "cpu"
+            row.append(verdict_cell(entry["ratio"], variants.LOOP_TARGET) if training else ratio_cell(entry))
+            row.append(f"{entry['to_base']:.2f} of {entry['base']}, {entry['scaled']:.2f} by FLOPs")
+        if any(row):
+            rows.append([f"{case.variant} ({case.describe()})", *row])
+    head = ["variant (B, T, I, H)", "forward to a loop", "its time", "fwd+bwd to a loop", "its time"]
+    return table(head, rows) if rows else ""
+
+
 def losses_line(results: Results) -> str:
     measured, lost = whole_passes(results), slower(results)
     if not lost:
@@ -517,6 +542,7 @@ def machine_section(results: Results) -> str:
         attention_functions(results),
         encoder_decoder_table(results),
         crf_table(results),
+        variants_table(results),
         f"![Speed relative to torch.nn, by case]({page}/speed.png)",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -555,7 +581,7 @@ def detail_page(results: Results) -> str:
         "of the limit",
         "closest to its bound",
     ]
-    for entry in [*results.kinds["attention"].values(), *results.kinds["crf"].values()]:
+    for entry in compared(results):
         spreads = [entry["peers"][entry["best"]], entry["seqkern"]]
         times = [f"{seconds(s['median'])} ({seconds(s['p20'])}–{seconds(s['p80'])})" for s in spreads]
         parity = entry["parity"]

@@ -2,7 +2,7 @@
 
     {"schema": 1, "machine": {…}, "runs": {id: {date, commit, software, threads, limits, …}},
      "speed": [entry, …], "memory": [entry, …], "neighbour": [entry, …], "attention": [entry, …],
-     "crf": [entry, …], "tiers": [entry, …]}
+     "crf": [entry, …], "variants": [entry, …], "tiers": [entry, …]}
 
 An entry has an "id" and the "run" that measured it. A new measurement replaces the entry of its id; a
 case that fails its gate loses it (no number on a red test); a run that no entry points to any more goes.
@@ -16,7 +16,8 @@ from collections.abc import Iterable
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 SCHEMA = 1
-KINDS = ("speed", "memory", "neighbour", "attention", "crf", "tiers")
+COMPARED = ("attention", "crf", "variants")  # of entries with peers by name
+KINDS = ("speed", "memory", "neighbour", *COMPARED, "tiers")
 Document = dict[str, object]
 
 
