@@ -30,6 +30,9 @@ from seqkern import _extension, ops, reference
 from seqkern.nn.crf import CRF, Constraints, bio_constraints
 from seqkern.ops import _backend
 
+# log(0) = -inf is meant; NumPy, which Triton's interpreter computes with, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
+
 needs_cpu = pytest.mark.skipif(why_no_cpu_backend() is not None, reason=str(why_no_cpu_backend()))
 TRITON = _backend.WHY_NO_TRITON is None and _backend.triton_interprets()
 needs_triton = pytest.mark.skipif(not TRITON, reason="needs Triton in its interpreter")
@@ -121,10 +124,14 @@ def results_of(problem: Problem, backend: str) -> dict[str, Tensor]:
 
 
 def errors_nearby(problem: Problem, draws: int = 8) -> dict[str, float]:
-    """The eager formula's largest error in float32 at inputs an ulp away, in proportion to the dtype."""
+    """The eager formula's largest error in float32 at inputs an ulp away, in proportion to the dtype.
+
+    In float64 half as much again: there the oracle, which is the formula, has such an error of its own.
+    """
     largest: dict[str, float] = {}
     dtype = problem.chain[0].dtype
     eps = torch.finfo(torch.float32).eps
+    proportion = torch.finfo(dtype).eps / eps * (1.5 if dtype is F64 else 1)
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         nudged = [
@@ -135,7 +142,7 @@ def errors_nearby(problem: Problem, draws: int = 8) -> dict[str, float]:
         exact = results_of(near.in_dtype(F64), "eager")
         for name, y in results_of(near, "eager").items():
             error = (y.double() - exact[name]).abs().max().item() if y.numel() else 0.0
-            largest[name] = max(largest.get(name, 0.0), error * torch.finfo(dtype).eps / eps)
+            largest[name] = max(largest.get(name, 0.0), error * proportion)
     return largest
 
 
@@ -146,6 +153,12 @@ def check(case: Case, backend: str, problem: Problem | None = None) -> dict[str,
         got = results_of(problem, backend)
     peer = results_of(problem, "eager")
     oracle = results_of(problem.in_dtype(F64), "eager")
+    if case.K == 1:  # one sequence, of probability 1: zeros, as differences of up to B * (2 T + 1) numbers
+        numbers = [t.nan_to_num(0).abs().max().item() for t in (*problem.chain, problem.dvalue) if t.numel()]
+        bound = case.B * (2 * case.T + 1) * torch.finfo(case.dtype).eps * max(numbers, default=0)
+        for name in [name for name in got if "log-likelihood" in name]:
+            assert (got[name].abs() <= bound).all(), f"{case}: {name}"
+            peer[name], oracle[name] = got[name], got[name].double()
     within(got, peer, oracle, case, lambda: errors_nearby(problem))
     for name, y in got.items():
         if name.endswith("emissions") or name == "marginals":
@@ -287,7 +300,7 @@ def test_cpu_kernels(case):
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(
-    "size", itertools.product((1, 2, 17, 63), (1, 3, 4, 5, 17), (1, 2, 15, 16, 17, 63, 129))
+    "size", list(itertools.product((1, 2, 17, 63), (1, 3, 4, 5, 17), (1, 2, 15, 16, 17, 63, 129)))
 )
 def test_cpu_kernels_everywhere(size, steps, dtype):
     check(Case(*size, steps, dtype), "cpu")
