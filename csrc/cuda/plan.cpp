@@ -40,6 +40,10 @@ std::string format(const char* text, ...) {
 
 // Why no persistent kernel can run it, or "".
 std::string no_persistent(const PlanRequest& r, const Facts& facts) {
+  const bool torchs = r.cell == CellKind::lstm || r.cell == CellKind::gru ||
+                      r.cell == CellKind::rnn_tanh || r.cell == CellKind::rnn_relu;
+  if (!torchs) return format("%s has no such kernel", cell_shape(r.cell).name);
+  if (r.regularised) return "no such kernel regularises";
   if (r.dtype == Dtype::f64) return "float64 has no matrix instruction here";
   if (facts.capability < 80)
     return format("sm_%d has no such matrix instructions", facts.capability);

@@ -36,6 +36,7 @@ struct PlanRequest {
   bool tf32;  // float32: TF32 is allowed
   int64_t T, B, H, P, D;
   bool projected;
+  bool regularised;  // anything of params.h's Regularisers
 };
 
 struct Plan {

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (gated && item.there) {
         length[i] = int(length_of(p.rows, item.b));
         if constexpr (kHasC<Cell>)
-          c[i] = widen(static_cast<const S*>(p.c0)[(d * B + item.b) * H + item.u]);
+          c[i] = widen(static_cast<const S*>(p.state0[0])[(d * B + item.b) * H + item.u]);
       }
       if (!h_item(i, item)) continue;
       if (item.there) {
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         static_cast<S*>(p.h_n)[(d * B + item.b) * P + item.u] = narrow<S>(h[i]);
       if constexpr (kHasC<Cell>)
         if (gate_item(i, item) && item.there)
-          static_cast<S*>(p.c_n)[(d * B + item.b) * H + item.u] = narrow<S>(c[i]);
+          static_cast<S*>(p.state_n[0])[(d * B + item.b) * H + item.u] = narrow<S>(c[i]);
     }
   }
 }
@@ -369,8 +369,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!gate_item(i, item)) continue;
       if (item.there) {
         length[i] = int(length_of(p.rows, item.b));
-        if (kHasC<Cell> && p.dc_n != nullptr)
-          dc[i] = widen(static_cast<const S*>(p.dc_n)[(d * B + item.b) * H + item.u]);
+        if (kHasC<Cell> && p.dstate_n[0] != nullptr)
+          dc[i] = widen(static_cast<const S*>(p.dstate_n[0])[(d * B + item.b) * H + item.u]);
       }
       dpre_route[i] = dpre_h.route(item.tile, item.n);
       if (job.steps > 0) dpre_h.send(dpre_route[i], item.tile, {});
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kHasC<Cell>)
           before[i] = reserve[previous * (D * kSaved * Hp) + (kSaved - 1) * Hp + item.u];
       } else if (kNeedsHPrev || kHasC<Cell>) {
-        const void* const state = kHasC<Cell> ? p.c0 : p.h0;
+        const void* const state = kHasC<Cell> ? p.state0[0] : p.h0;
         before[i] = static_cast<const S*>(state)[(d * B + item.b) * H + item.u];
       }
     };
@@ -501,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if constexpr (kHasC<Cell>)
         if (gate_item(i, item) && item.there)
-          static_cast<S*>(p.dc0)[(d * B + item.b) * H + item.u] = narrow<S>(dc[i]);
+          static_cast<S*>(p.dstate0[0])[(d * B + item.b) * H + item.u] = narrow<S>(dc[i]);
     }
   }
 }
