@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention, cases, harness, limits, parity, store
+from bench import cases, harness, limits, parity, store
 from bench import machine as machine_facts
 from bench.cases import BY_NAME
 
@@ -304,14 +304,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 f"{entry['id']:34s} busy / alone: torch.nn {entry['torch']['ratio']:.2f}, "
                 f"seqkern {entry['seqkern']['ratio']:.2f}"
             )
-    for entry in session.new.get(attention.FAMILY, {}).get("attention", []):
-        times = [f"{name} {spread['median'] * 1e3:.3f}" for name, spread in entry["peers"].items()]
-        mark = {"slower": "  SLOWER", "even": "  even", "faster": ""}[entry["verdict"]]
-        terminalreporter.write_line(
-            f"{entry['id']:50s} {entry['ratio']:7.2f}x  {', '.join(times)}  /  "
-            f"{entry['seqkern']['median'] * 1e3:.3f} ms  {entry['seqkern']['rounds']:3d} rounds  "
-            f"{entry['gflops']:7.1f} GF/s{mark}"
-        )
+    for entries in session.new.values():
+        for entry in entries.get("attention", []):
+            times = [f"{name} {spread['median'] * 1e3:.3f}" for name, spread in entry["peers"].items()]
+            mark = {"slower": "  SLOWER", "even": "  even", "faster": ""}[entry["verdict"]]
+            terminalreporter.write_line(
+                f"{entry['id']:50s} {entry['ratio']:7.2f}x  {', '.join(times)}  /  "
+                f"{entry['seqkern']['median'] * 1e3:.3f} ms  {entry['seqkern']['rounds']:3d} rounds  "
+                f"{entry['gflops']:7.1f} GF/s{mark}"
+            )
     for entries in session.new.values():
         for entry in entries.get("tiers", []):
             terminalreporter.write_line(f"{entry['id']:44s} {entry['step_us']:8.2f} µs per step")

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import attention, cases, limits, store
+from bench import attention, cases, encoder_decoder, limits, store
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -444,6 +444,24 @@ def attention_functions(results: Results) -> str:
     return table(head, rows) if rows else ""
 
 
+def encoder_decoder_table(results: Results) -> str:
+    """Additive attention and the decoder with it, against the formula in eager PyTorch."""
+    rows = []
+    for case in encoder_decoder.CASES:
+        name, goal = encoder_decoder.TARGET
+        cells = []
+        for mode in ("forward", "training"):
+            entry = results.kinds["attention"].get(f"{encoder_decoder.FAMILY}-float32-{case.name}-{mode}")
+            if entry is not None and case.name == name and mode == "training":
+                cells.append(verdict_cell(entry["ratio"], goal))
+            else:
+                cells.append(ratio_cell(entry))
+        if any(cells):
+            rows.append([case.describe(), *cells])
+    head = ["additive attention, decoders (B, L, S, H), to the eager formula", "fwd", "fwd+bwd"]
+    return table(head, rows) if rows else ""
+
+
 def losses_line(results: Results) -> str:
     measured, lost = whole_passes(results), slower(results)
     if not lost:
@@ -478,6 +496,7 @@ def machine_section(results: Results) -> str:
         attention_targets(results),
         attention_table(results),
         attention_functions(results),
+        encoder_decoder_table(results),
         f"![Speed relative to torch.nn, by case]({page}/speed.png)",
     ]
     return "\n\n".join(part for part in parts if part)

@@ -110,6 +110,10 @@ inline void define_layers(torch::Library& library) {
               ", Tensor y, Tensor reserve, bool need_dx, bool need_dparams)"
               " -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
 #undef SEQKERN_ARGUMENTS
+  // uint8 [*, D*H] for t and b int64 [*]: seqkern/reference/masks.py.
+  library.def(
+      "recurrent_mask(Tensor seed, float[] probabilities, Tensor t, Tensor b, int layer, int D, "
+      "int H) -> Tensor");
 }
 
 inline CellKind cell_named(const std::string& name) {

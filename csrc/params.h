@@ -111,6 +111,18 @@ struct BackwardParams : LayerParams {
   WeightGradients dweights[kMostDirections];  // [D]
 };
 
+// The random bits of a layer's Regularisers (seqkern/reference/masks.py): overwrites mask [rows, D,
+// H].
+struct MaskParams {
+  int64_t rows, D, H;
+  int threads;
+  int64_t seed;
+  const int64_t *t, *b;               // [rows]: a row's step, and its place in the batch
+  uint32_t threshold[3];              // of each bit, out of 65536; 0: never
+  int64_t first_stream, stream_step;  // of direction 0 and bit 0; from one direction to the next
+  uint8_t* mask;
+};
+
 // ---- attention ----------------------------------------------------------------------------------
 //
 // Letters: N query heads, Nk heads of keys and values, L queries, S keys, E head dim of q and k, Ev
@@ -168,6 +180,11 @@ struct AttentionBackwardParams : AttentionParams {
   HeadTensor dq, dk, dv;      // as q, k, v
 };
 
+struct AdditiveForwardParams;  // additive_params.h
+struct AdditiveBackwardParams;
+struct AdditiveStepParams;
+struct GatesParams;
+
 // One instruction set's kernels.
 struct KernelTable {
   const char* name;
@@ -175,10 +192,20 @@ struct KernelTable {
   void (*forward)(const ForwardParams&);
   size_t (*backward_scratch)(const BackwardParams&);  // bytes
   void (*backward)(const BackwardParams&);
+  void (*recurrent_mask)(const MaskParams&);
   size_t (*attention_forward_scratch)(const AttentionForwardParams&);
   void (*attention_forward)(const AttentionForwardParams&);
   size_t (*attention_backward_scratch)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
+  size_t (*additive_forward_scratch)(const AdditiveForwardParams&);
+  void (*additive_forward)(const AdditiveForwardParams&);
+  size_t (*additive_backward_scratch)(const AdditiveBackwardParams&);
+  void (*additive_backward)(const AdditiveBackwardParams&);
+  size_t (*additive_step_scratch)(const AdditiveStepParams&);
+  void (*additive_step_pack)(const AdditiveStepParams&);  // wants no scratch
+  void (*additive_step)(const AdditiveStepParams&);
+  void (*gates_forward)(const GatesParams&);
+  void (*gates_backward)(const GatesParams&);
   // For the tests: y[i] = f(x[i]), f one of "sigmoid", "tanh".
   void (*activation)(const char* f, const float* x, float* y, int64_t n);
   // For the benchmarks: billions of floating-point operations (bytes read) per second, all threads

@@ -255,6 +255,39 @@ def test_a_named_backend_refuses_attention_with_the_reason(backend, device, dtyp
     assert choose("attention", device, dtype, **keywords) in {"eager", "cpu", "triton"} - {backend}
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "keywords", "expected"),
+    [
+        ("cpu", torch.float32, {}, "cpu"),
+        ("cpu", torch.float64, {}, "cpu"),
+        ("cpu", torch.float32, {"missing": NO_COMPILER}, "eager"),
+        ("cpu", torch.float32, {"transformed": True}, "eager"),
+        ("cpu", torch.float32, {"wish": "triton", "interpreted": True}, "triton"),
+        ("cuda", torch.float16, {}, "triton"),
+        ("cuda", torch.float64, {}, "eager"),
+        ("cuda", torch.float32, {"missing": NO_TRITON}, "eager"),
+        ("meta", torch.float32, {}, "eager"),
+    ],
+)
+def test_choice_for_additive_attention(device, dtype, keywords, expected):
+    assert choose("additive_attention", device, dtype, **keywords) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "keywords", "reason"),
+    [
+        ("cpu", "cpu", {"missing": NO_COMPILER}, f"cpu needs the compiled extension: {NO_COMPILER}"),
+        ("cpu", "cuda", {}, "cpu needs tensors on a CPU, got cuda"),
+        ("cuda", "cuda", {}, "cuda has no kernel for additive_attention"),
+        ("triton", "cpu", {}, "triton needs tensors on a CUDA device, got cpu"),
+        ("triton", "cuda", {"missing": NO_TRITON}, f"triton: {NO_TRITON}"),
+    ],
+)
+def test_a_named_backend_refuses_additive_attention_with_the_reason(backend, device, keywords, reason):
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' was asked for: " + re.escape(reason)):
+        choose("additive_attention", device, torch.float32, wish=backend, **keywords)
+
+
 @pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("missing", [None, NO_COMPILER])
 def test_triton_has_no_recurrent_kernels(op, missing):

@@ -45,7 +45,8 @@ KERNELS = ("forward", "weights", "delta", "dkdv", "dq", "dbias", "key_tiles")
 class Spec:
     """One specialisation. `what`: plain, causal, window, lengths, mask (of keys and queries, causal), add or
     bool (bias),
-    dropout, weights (averaged, with their gradient, causal), packed (causal)."""
+    dropout, weights (averaged, with their gradient, causal), packed (causal); additive (attention; E is H;
+    keys masked)."""
 
     arch: int
     E: int
@@ -65,6 +66,7 @@ SAMPLE = [
     Spec(90, 128, "causal"),
     Spec(90, 128, "weights"),
     Spec(100, 64, "causal"),
+    Spec(90, 512, "additive"),
 ]
 EVERY = list(
     dict.fromkeys(
@@ -80,6 +82,9 @@ EVERY = list(
             *(Spec(90, E, "weights", "fp32") for E in (64, 128, 256)),
             *(Spec(arch, 128, "add", "fp32") for arch in (80, 86)),
             *(Spec(90, E, "causal", "tf32") for E in (64, 128)),
+            *itertools.starmap(
+                Spec, itertools.product((80, 90, 100), (512,), ("additive",), ("bf16", "fp32"))
+            ),
         ]
     )
 )
@@ -99,7 +104,7 @@ def compile_spec(spec: Spec) -> dict[str, dict[str, int]]:
 
 def launches(spec: Spec) -> list[tuple[Any, dict[str, Any]]]:
     """What the launchers would launch on tensors without memory: (kernel, arguments by name)."""
-    from seqkern.triton import attention, backward, forward, tiles, weights
+    from seqkern.triton import additive, attention, backward, forward, tiles, weights
 
     recorded: list[tuple[Any, dict[str, Any]]] = []
 
@@ -113,7 +118,7 @@ def launches(spec: Spec) -> list[tuple[Any, dict[str, Any]]]:
                 (self.recorded, dict(zip(names, args, strict=False)) | kwargs)
             )
 
-    for module in (forward, weights, backward, tiles):
+    for module in (additive, forward, weights, backward, tiles):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 setattr(module, name, Recorder(getattr(value, "recorded", value)))
@@ -122,6 +127,12 @@ def launches(spec: Spec) -> list[tuple[Any, dict[str, Any]]]:
     def empty(*shape: int, dtype: torch.dtype = DTYPES[spec.dtype]) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    if spec.what == "additive":
+        q, k, v = empty(64, 32, spec.E), empty(64, 128, spec.E), empty(spec.E)
+        valid = empty(64, 128, dtype=torch.bool)
+        context, w = additive.additive_forward(q, k, v, k, valid, None)
+        additive.additive_backward(context, w, q, k, v, k, valid, None, w, True, True, True, True)
+        return recorded
     B, N, L, E = 4, 16, 2048, spec.E
     q, k, v = (empty(B, L, N, E).transpose(1, 2) for _ in "qkv")
     options: dict[str, Any] = dict.fromkeys(

@@ -7,28 +7,21 @@ import pytest
 import torch
 from cases import pairwise
 from compare import Results, agree, same_bits
-from conftest import has_cpu_kernel, instruction_sets, why_no_cpu_backend
-from recurrent_cases import CELL_NAMES, PLAIN, Case, check_parity, evaluate_case
+from conftest import instruction_sets, why_no_cpu_backend
+from recurrent_cases import CELL_NAMES, Case, check_parity, evaluate_case
 from test_threads import TOLERANCE
 from torch import Tensor
 
 import seqkern
-from seqkern.ops import CELLS, _backend, recurrent
+from seqkern.ops import CELLS, recurrent
 from seqkern.reference.masks import recurrent_mask
 
 each_cell = pytest.mark.parametrize("cell", CELL_NAMES)
 
 
-def why_no_kernel(cell: str = "") -> str | None:
-    """Why this cell's plain layer has no CPU kernel, if that is so."""
-    if cell in PLAIN or why_no_cpu_backend():
-        return why_no_cpu_backend()
-    return None if has_cpu_kernel("seqkern::recurrent_forward") else _backend.WHY_NO_RECURRENT
-
-
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cpu" and (why := why_no_kernel()):
+    if request.param == "cpu" and (why := why_no_cpu_backend()):
         pytest.skip(why)
     with seqkern.use_backend(request.param):
         yield request.param
@@ -108,8 +101,8 @@ def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
     if slow:
         small = sizes
     if CELLS[cell].normalises:
-        # A row of one unit's three or four gates has hardly a degree of freedom left once it is normalised, and
-        # rounding decides its gradient. The sizes above have H = 1 in float32.
+        # A row of one unit's three or four gates has hardly a degree of freedom left once it is normalised,
+        # and rounding decides its gradient. The sizes above have H = 1 in float32.
         small = small | dict(H=(2, *small["H"][1:]))
     rows = [row | dict(dtype=torch.float32) for row in pairwise(sizes)] + pairwise(options | small)
     if cell == "lstm":
@@ -124,7 +117,7 @@ def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
 @pytest.mark.parametrize("case", [case for cell in CELL_NAMES for case in kernel_cases(cell)], ids=str)
 def test_parity(case: Case) -> None:
     """All outputs and all gradients of the C++ kernels."""
-    if why := why_no_kernel(case.cell if not case.options else ""):
+    if why := why_no_cpu_backend():
         pytest.skip(why)
     check_parity(case, "cpu")
 
@@ -132,7 +125,7 @@ def test_parity(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for cell in CELL_NAMES for c in kernel_cases(cell, slow=True)], ids=str)
 def test_parity_at_all_sizes(case: Case) -> None:
-    if why := why_no_kernel(case.cell if not case.options else ""):
+    if why := why_no_cpu_backend():
         pytest.skip(why)
     check_parity(case, "cpu")
 
@@ -140,7 +133,7 @@ def test_parity_at_all_sizes(case: Case) -> None:
 @each_cell
 def test_one_thread_and_two(cell: str, threads: None) -> None:
     """Each number of threads gives its bits again at every call, and the other's numbers."""
-    if why := why_no_kernel(cell):
+    if why := why_no_cpu_backend():
         pytest.skip(why)
     case = Case(cell, T=9, B=33, I=17, H=33, bidirectional=True, dtype=torch.float32)
     runs: dict[int, Results] = {}
@@ -157,7 +150,7 @@ def test_one_thread_and_two(cell: str, threads: None) -> None:
 @pytest.mark.parametrize("instruction_set", instruction_sets(), indirect=True)
 @each_cell
 def test_every_instruction_set(cell: str, instruction_set: str) -> None:
-    if why := why_no_kernel():
+    if why := why_no_cpu_backend():
         pytest.skip(why)
     for options, B, dtype in (
         ((), 7, torch.float32),

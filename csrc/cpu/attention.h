@@ -18,6 +18,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "philox.h"
 #include "threads.h"
 
 namespace seqkern {
@@ -27,53 +28,17 @@ constexpr float kInfinity = __builtin_inff();
 
 // ---- Dropout ------------------------------------------------------------------------------------
 
-typedef uint64_t VecU64 __attribute__((vector_size(kVecBytes)));
-
-// Philox4x32-10 (Salmon et al., 2011), kLanes counters at once: counter (s >> 3, l, row, 0) gives
-// the 16-bit numbers of s & 7 = 0 … 7, a word's low half first. A weight is kept if its number is
-// at least round(65536 p).
+// A weight is kept if its number, of the counter (s >> 3, l, row, 0), is at least round(65536 p).
 struct Dropout {
-  static constexpr int L = kLanes<float>;
-  static constexpr int kBatch = 8 * L;  // keys that one call serves
-  uint32_t key0, key1, threshold;
+  static constexpr int kBatch = Philox::kBatch;  // keys that one call serves
+  Philox philox;
+  uint32_t threshold;
   float factor;  // 1 / (1 - p)
 
   explicit Dropout(const AttentionParams& p)
-      : key0(uint32_t(uint64_t(p.seed))),
-        key1(uint32_t(uint64_t(p.seed) >> 32)),
+      : philox(p.seed),
         threshold(uint32_t(__builtin_rintf(p.dropout_p * 65536))),
         factor(1 / (1 - p.dropout_p)) {}
-
-  static SEQKERN_INLINE void multiply(VecU x, uint32_t m, VecU& high, VecU& low) {
-    const VecU64 lows = VecU64{} + 0xffffffffu;
-    const VecU64 even = ((VecU64)x & lows) * m, odd = ((VecU64)x >> 32) * m;
-    low = (VecU)((even & lows) | odd << 32);
-    high = (VecU)(even >> 32 | (odd & ~lows));
-  }
-
-  // number[8 * i + j] for the keys 8 * (group + i) + j, i < L.
-  void draw(int64_t group, int64_t l, int64_t row, uint16_t* number) const {
-    VecU c0 = VecU{} + uint32_t(group);
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++) c0[i] += uint32_t(i);
-    VecU c1 = VecU{} + uint32_t(l), c2 = VecU{} + uint32_t(row), c3 = VecU{};
-    uint32_t k0 = key0, k1 = key1;
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      VecU high0, low0, high1, low1;
-      multiply(c0, 0xD2511F53u, high0, low0);
-      multiply(c2, 0xCD9E8D57u, high1, low1);
-      c0 = high1 ^ c1 ^ k0;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k1;
-      c3 = low0;
-    }
-    constexpr auto lanes = std::make_integer_sequence<int, L>();
-    const VecU a = interleave<false>(c0, c2, lanes), a_ = interleave<true>(c0, c2, lanes);
-    const VecU b = interleave<false>(c1, c3, lanes), b_ = interleave<true>(c1, c3, lanes);
-    const VecU words[4] = {interleave<false>(a, b, lanes), interleave<true>(a, b, lanes),
-                           interleave<false>(a_, b_, lanes), interleave<true>(a_, b_, lanes)};
-    memcpy(number, words, sizeof words);
-  }
 };
 
 // ---- What both passes share ---------------------------------------------------------------------
@@ -339,7 +304,7 @@ struct AttentionPass {
     int64_t c = 0;
     while (c < n) {
       const int64_t group = (s + c) / 8;
-      dropout.draw(group, piece.l0 + i, row, number);
+      dropout.philox.draw(group, piece.l0 + i, row, 0, number);
       const int64_t shift = s - group * 8;  // key c has number[c + shift]
       const int64_t end = Dropout::kBatch - shift < n ? Dropout::kBatch - shift : n;
       for (; c < end; c++)

@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "gate_gradients.h"
+#include "philox.h"
 
 namespace seqkern {
 namespace SEQKERN_ISA {
@@ -16,6 +17,17 @@ size_t attention_forward_scratch(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 size_t attention_backward_scratch(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+
+// additive_attention_kernels.cpp
+size_t additive_forward_scratch(const AdditiveForwardParams& p);
+void additive_forward(const AdditiveForwardParams& p);
+size_t additive_backward_scratch(const AdditiveBackwardParams& p);
+void additive_backward(const AdditiveBackwardParams& p);
+size_t additive_step_scratch(const AdditiveStepParams& p);
+void additive_step_pack(const AdditiveStepParams& p);
+void additive_step(const AdditiveStepParams& p);
+void gates_forward(const GatesParams& p);
+void gates_backward(const GatesParams& p);
 
 namespace {
 
@@ -170,10 +182,20 @@ const KernelTable& kernel_table() {
                                         forward,
                                         backward_scratch,
                                         backward,
+                                        recurrent_mask,
                                         attention_forward_scratch,
                                         attention_forward,
                                         attention_backward_scratch,
                                         attention_backward,
+                                        additive_forward_scratch,
+                                        additive_forward,
+                                        additive_backward_scratch,
+                                        additive_backward,
+                                        additive_step_scratch,
+                                        additive_step_pack,
+                                        additive_step,
+                                        gates_forward,
+                                        gates_backward,
                                         activation,
                                         fma_peak,
                                         read_bandwidth};

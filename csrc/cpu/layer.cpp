@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "dispatch.h"
@@ -200,12 +201,41 @@ BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& 
   return result;
 }
 
+Tensor recurrent_mask(const Tensor& seed, at::ArrayRef<double> probabilities, const Tensor& t,
+                      const Tensor& b, int64_t layer, int64_t D, int64_t H) {
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.numel() == 1,
+              "seed: expected [1] int64, got ", seed.sizes(), " ", seed.scalar_type());
+  TORCH_CHECK(probabilities.size() == 3, "probabilities: expected 3, got ", probabilities.size());
+  TORCH_CHECK(
+      t.scalar_type() == at::kLong && b.scalar_type() == at::kLong && t.sizes() == b.sizes(),
+      "t and b: expected int64 of one shape, got ", t.scalar_type(), " ", t.sizes(), " and ",
+      b.scalar_type(), " ", b.sizes());
+  TORCH_CHECK(D >= 0 && H >= 0, "D, H: expected sizes, got ", D, ", ", H);
+  const Tensor steps = t.contiguous(), rows = b.contiguous();
+  std::vector<int64_t> shape = t.sizes().vec();
+  shape.push_back(D * H);
+  const Tensor mask = new_empty(shape, seed.options().dtype(at::kByte));
+  MaskParams p{};
+  p.rows = t.numel(), p.D = D, p.H = H;
+  p.threads = at::in_parallel_region() || mask.numel() < 65536 ? 1 : at::get_num_threads();
+  p.seed = *seed.const_data_ptr<int64_t>();
+  p.t = steps.const_data_ptr<int64_t>(), p.b = rows.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < 3; i++)
+    p.threshold[i] = uint32_t(std::nearbyint(probabilities[i] * 65536));
+  constexpr int kPurposes = 8;  // of one stream; a layer has two
+  p.first_stream = layer * 2 * kPurposes, p.stream_step = kPurposes;
+  p.mask = mask.mutable_data_ptr<uint8_t>();
+  kernels().recurrent_mask(p);
+  return mask;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(seqkern, CPU, library) {
   using Operators = LayerOperators<layer_forward, layer_backward>;
   Operators::implement(library);
   Operators::implement_recurrent(library);
+  library.impl("recurrent_mask", &recurrent_mask);
 }
 
 }  // namespace seqkern

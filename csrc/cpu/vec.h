@@ -273,7 +273,7 @@ struct Math<double> {  // the C library's, lane by lane
     return result;
   }
   static SEQKERN_INLINE V tanh(V x) {
-    V result;
+    V result{};
     for (int i = 0; i < kLanes<double>; i++) result[i] = std::tanh(x[i]);
     return result;
   }

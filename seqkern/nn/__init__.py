@@ -2,7 +2,15 @@
 
 from seqkern.nn._recurrent import Regularised
 from seqkern.nn.attention import MultiHeadAttention, MultiheadAttention
+from seqkern.nn.attention_decoder import AttentionDecoder, DecoderState
 from seqkern.nn.cache import KeyValueCache
+from seqkern.nn.encoder_decoder import (
+    AdditiveAttention,
+    AttentionPooling,
+    DotProductAttention,
+    LuongAttention,
+    ProjectedKeys,
+)
 from seqkern.nn.gru import GRU, GRUCell
 from seqkern.nn.lstm import LSTM, LSTMCell
 from seqkern.nn.rnn import RNN, RNNCell
@@ -45,8 +53,13 @@ __all__ = [
     "MGU",
     "RNN",
     "SLSTM",
+    "AdditiveAttention",
+    "AttentionDecoder",
+    "AttentionPooling",
     "CIFGLSTMCell",
     "DecoderLayerCache",
+    "DecoderState",
+    "DotProductAttention",
     "GRUCell",
     "IndRNN",
     "IndRNNCell",
@@ -56,6 +69,7 @@ __all__ = [
     "LayerNormGRUCell",
     "LayerNormLSTM",
     "LayerNormLSTMCell",
+    "LuongAttention",
     "MGUCell",
     "MultiHeadAttention",
     "MultiheadAttention",
@@ -65,6 +79,7 @@ __all__ = [
     "NestedLSTMCell",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
+    "ProjectedKeys",
     "RNNCell",
     "Regularised",
     "SLSTMCell",

@@ -68,6 +68,11 @@ def valid_from_lengths(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
+def can_look(x: Tensor) -> bool:
+    """May values be looked at here, at no cost to what comes after?"""
+    return x.is_cpu and not torch.compiler.is_compiling() and _layers.has_values(x)
+
+
 def eager(p: Problem, weights: int) -> tuple[Tensor, Tensor, Tensor]:
     """The eager backend: (out, lse, weights) by the formula; weights is [0] where none are asked for.
 

@@ -1,9 +1,10 @@
 """Which backend computes an operation: one pure function over a table, and the caller's wish.
 
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
-cpu     recurrent layers: the compiled kernels in csrc/cpu; attention: seqkern.ops.attention_cpu
+cpu     recurrent layers and additive attention: the compiled kernels in csrc/cpu; attention:
+        seqkern.ops.attention_cpu
 cuda    rnn, lstm and gru: the compiled kernels in csrc/cuda
-triton  attention: the kernels in seqkern.triton
+triton  attention, additive attention: the kernels in seqkern.triton
 """
 
 import importlib.util
@@ -20,14 +21,16 @@ BACKENDS = ("eager", "cpu", "cuda", "triton")
 
 COMPILED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})  # cpu and cuda
 TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-KERNELS = {
+RECURRENT = frozenset({"rnn", "lstm", "gru", "recurrent"})
+BACKENDS_OF: dict[str, tuple[str, ...]] = {  # besides eager
     "rnn": ("cpu", "cuda"),
     "lstm": ("cpu", "cuda"),
     "gru": ("cpu", "cuda"),
     "recurrent": ("cpu",),  # the cells of ops/_cells.py, and regularised recurrences
     "attention": ("cpu", "triton"),
+    "additive_attention": ("cpu", "triton"),
+    "attention_decoder": ("cpu",),
 }
-RECURRENT = frozenset(KERNELS) - {"attention"}
 MAX_HEAD_DIM = 256  # of the Triton kernels
 MIN_CAPABILITY = (8, 0)  # of the CUDA kernels
 
@@ -41,15 +44,6 @@ def _why_no_kernels() -> str | None:
 
 
 WHY_NO_KERNELS: str | None = _why_no_kernels()
-
-
-def _why_no_recurrent() -> str | None:
-    if WHY_NO_KERNELS is None and not hasattr(torch.ops.seqkern, "recurrent_forward"):
-        return "it was built without the operators of the recurrent variants"
-    return WHY_NO_KERNELS
-
-
-WHY_NO_RECURRENT: str | None = _why_no_recurrent()
 
 
 def _why_no_cuda() -> str | None:
@@ -120,10 +114,8 @@ def triton_interprets() -> bool:
 
 
 def operator(name: str) -> Callable[..., tuple] | None:
-    """torch.ops.seqkern.<name>, or None where the compiled extension does not have it."""
-    if WHY_NO_KERNELS is not None or not hasattr(torch.ops.seqkern, name):
-        return None
-    return getattr(torch.ops.seqkern, name).default
+    """torch.ops.seqkern.<name>, or None without the compiled extension."""
+    return getattr(torch.ops.seqkern, name).default if WHY_NO_KERNELS is None else None
 
 
 # Each thread's innermost wish.
@@ -201,9 +193,9 @@ def refusal(
     """Why `backend` cannot serve the request, or None if it can. Arguments as for `choose`."""
     if backend == "eager":
         return None
-    if backend not in KERNELS.get(op, ()):
+    if backend not in BACKENDS_OF.get(op, ()):
         return f"{backend} has no kernel for {op}"
-    if missing is not None and op in RECURRENT:
+    if missing is not None and (op in RECURRENT or (op != "attention" and backend == "cpu")):
         return f"{backend} needs the compiled extension: {missing}"
     if missing is not None and backend == "triton":
         return f"triton: {missing}"
@@ -246,13 +238,13 @@ def choose(
     """The backend for one request: the fastest that is correct, or the one wished for.
 
     Args:
-        op: "rnn", "lstm", "gru", "recurrent", "attention"
+        op: "rnn", "lstm", "gru", "recurrent", "attention", "additive_attention", "attention_decoder"
         device: type of the input's device
         dtype: the one dtype of input, states and parameters
         transformed: a torch.func transform is active, or an input carries a forward-mode tangent
         wish: the backend the caller named, None for a free choice
         missing: why the kernels are not there, None if they are: a recurrent layer's compiled ones,
-            attention's Triton ones
+            attention's Triton ones, additive attention's that its device takes
         no_cuda: why a recurrent layer's CUDA kernels cannot run on this device, None if they can
         head_dim: the larger of attention's two
         interpreted: Triton's kernels run in its interpreter, on any device; for tests, never chosen freely

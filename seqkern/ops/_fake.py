@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkern.ops import _attention, _cells
+from seqkern.ops import _additive, _attention, _cells, attention_decoder  # noqa: F401  (define operators)
 from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
-from seqkern.ops._backend import WHY_NO_KERNELS, WHY_NO_RECURRENT
+from seqkern.ops._backend import WHY_NO_KERNELS
 
 RESERVE_SLOTS = {"lstm": 5, "gru": 4}  # values kept per step and hidden unit for backward
 RESERVE_MULTIPLE = 16  # hidden units are padded to a multiple of this in the reserve
@@ -92,14 +92,18 @@ def recurrent_backward(cell, dy, dfinals, x, states, params, *options):
     return _dx(x, need_dx), [_contiguous_like(s) for s in states], dparams if need_dparams else []
 
 
-OPERATORS = (rnn_forward, gru_forward, lstm_forward, rnn_backward, gru_backward, lstm_backward)
+def recurrent_mask(seed, probabilities, t, b, layer, D, H):
+    return seed.new_empty((*t.shape, D * H), dtype=torch.uint8)
+
+
+OPERATORS = (
+    *(rnn_forward, gru_forward, lstm_forward, rnn_backward, gru_backward, lstm_backward),
+    *(recurrent_forward, recurrent_backward, recurrent_mask),
+)
 
 if WHY_NO_KERNELS is None:
     for _kernel in OPERATORS:
         torch.library.register_fake(f"seqkern::{_kernel.__name__}", _kernel)
-if WHY_NO_RECURRENT is None:
-    torch.library.register_fake("seqkern::recurrent_forward", recurrent_forward)
-    torch.library.register_fake("seqkern::recurrent_backward", recurrent_backward)
 
 
 def attention_forward(*arguments):
@@ -137,3 +141,46 @@ def attention_backward(dout, dlse, dweights, weights, out, lse, *rest):
 
 torch.library.register_fake("seqkern::attention_forward", attention_forward)
 torch.library.register_fake("seqkern::attention_backward", attention_backward)
+
+
+def additive_attention_forward(query, key, v, value, key_valid, lengths):
+    B, L, _ = query.shape
+    weights_dtype = _attention.accumulator(query.dtype)
+    return query.new_empty((B, L, value.shape[-1])), query.new_empty(
+        (B, L, key.shape[1]), dtype=weights_dtype
+    )
+
+
+def additive_attention_backward(
+    dcontext, dweights, query, key, v, value, key_valid, lengths, weights, *needed
+):
+    return tuple(
+        _contiguous_like(t) if need else t.new_empty((0,))
+        for t, need in zip((query, key, v, value), needed, strict=True)
+    )
+
+
+torch.library.register_fake("seqkern::additive_attention_forward", additive_attention_forward)
+torch.library.register_fake("seqkern::additive_attention_backward", additive_attention_backward)
+
+
+def attention_decoder_forward(
+    gates, h0, c0, w_hh, b_hh, w_context, w_query, key, v, value, key_valid, lengths
+):
+    (T, B, GH), H, (_, S, A) = gates.shape, h0.shape[1], key.shape
+    cells = gates.new_empty((T, B, H) if c0 is not None else (0,))
+    saved = gates.new_empty((T, B, 5 if c0 is not None else 4, H))
+    y, context = gates.new_empty((T, B, H)), gates.new_empty((T, B, value.shape[2]))
+    return y, cells, context, gates.new_empty((B, T, S)), gates.new_empty((T, B, A + GH)), saved
+
+
+def attention_decoder_backward(dy, dc_n, dcontext, dweights, gates, h0, c0, w_hh, b_hh, *rest):
+    w_context, w_query, key, v, value = rest[:5]
+    dc0 = h0.new_empty((h0.shape[0] if c0 is not None else 0, h0.shape[1]))
+    db_hh = h0.new_empty((0,) if b_hh is None else b_hh.shape)
+    first = (_contiguous_like(gates), _contiguous_like(h0), dc0, _contiguous_like(w_hh), db_hh)
+    return (*first, *(_contiguous_like(t) for t in (w_context, w_query, key, v, value)))
+
+
+torch.library.register_fake("seqkern::attention_decoder_forward", attention_decoder_forward)
+torch.library.register_fake("seqkern::attention_decoder_backward", attention_decoder_backward)

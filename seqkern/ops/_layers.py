@@ -249,7 +249,7 @@ def choose_backend(
         input.dtype,
         transformed=transformed((input,), states, params),
         wish=_backend.current_wish() if backend is None else backend,
-        missing=_backend.WHY_NO_RECURRENT if op == "recurrent" else _backend.WHY_NO_KERNELS,
+        missing=_backend.WHY_NO_KERNELS,
         no_cuda=_backend.why_no_cuda(input),
     )
 

@@ -88,7 +88,7 @@ def scaled_dot_product_attention(
             backend=backend,
         )
     if _layers.autocast_active(query):
-        dtype = _autocast_dtype(query)
+        dtype = autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q, k, v, lead = _as_4d(query, key, value, enable_gqa)
     B, _, L, _ = q.shape
@@ -152,14 +152,14 @@ def varlen_attention(
         ValueError: wrong cu_seqlens, window or causal_alignment; no such backend
     """
     if _layers.autocast_active(query):
-        dtype = _autocast_dtype(query)
+        dtype = autocast_dtype(query)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
         raise RuntimeError(
             f"query, key, value: expected [Tq, N, E], [Tk, Nk, E], [Tk, Nk, Ev], got {tuple(query.shape)}, "
             f"{tuple(key.shape)}, {tuple(value.shape)}"
         )
-    _check_alike(query, key, value)
+    check_alike(query, key, value)
     _check_sizes(query, key, value, heads=1, keys=0, enable_gqa=enable_gqa)
     shared = cu_seqlens_k is None
     if shared:
@@ -335,7 +335,7 @@ def _as_4d(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """q [B, N, L, E], k, v, and the dims before L of the result."""
-    _check_alike(query, key, value)
+    check_alike(query, key, value)
     dims = (query.dim(), key.dim(), value.dim())
     if min(dims) < 2 or len(set(dims)) > 1:
         raise RuntimeError(
@@ -372,7 +372,7 @@ def _as_4d(
     return query, key, value, out_lead
 
 
-def _check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_alike(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("key", key), ("value", value)):
         if x.dtype is not query.dtype:
             raise RuntimeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
@@ -493,6 +493,22 @@ def checked_lengths(
     return _layers.check_lengths(lengths, size, B, device, name)
 
 
+def without_padding(x: Tensor, key_padding_mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """x [B, S, K] with zeros in its padded rows, if they hold NaN or infinities: they are to be multiplied
+    with weights, whose gradient would become NaN. On a CPU finite rows are left alone.
+
+    Raises:   ValueError: a wrong padding mask or lengths
+    """
+    B, S, _ = x.shape
+    valid = valid_mask("key_padding_mask", key_padding_mask, B, S, x.device)
+    lengths = checked_lengths("lengths", lengths, "key_padding_mask", key_padding_mask, B, S, x.device)
+    if lengths is not None:
+        valid = _attention.valid_from_lengths(lengths, S)
+    if valid is None or (_attention.can_look(x) and bool(torch.isfinite(x.detach().sum()))):
+        return x
+    return torch.where(valid.unsqueeze(-1), x, 0)
+
+
 def check_cu(name: str, cu: Tensor, x: Tensor, longest: int | None, longest_name: str) -> int:
     """The longest sequence's length, of x: [T, ...]."""
     if cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or cu.numel() < 1:
@@ -560,7 +576,7 @@ def new_seed(dropout_p: float, q: Tensor) -> Tensor | None:
     return _layers.new_seed(q.device)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype is torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 

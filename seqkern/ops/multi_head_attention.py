@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkern.ops import _attention, _layers
+from seqkern.ops import _attention
 from seqkern.ops._attention import Problem
 from seqkern.ops.attention import (
     attention,
@@ -311,11 +311,6 @@ def _append_masks(
     return bias, key_valid
 
 
-def _can_look(x: Tensor) -> bool:
-    """May values be looked at here, at no cost to what comes after?"""
-    return x.is_cpu and not torch.compiler.is_compiling() and _layers.has_values(x)
-
-
 def _without_nan(
     query: Tensor,
     key: Tensor,
@@ -335,7 +330,7 @@ def _without_nan(
     """
 
     def cleaned(x: Tensor, valid: Tensor, zero: bool) -> Tensor:
-        if _can_look(x) and bool(torch.isfinite(x.detach().sum())):
+        if _attention.can_look(x) and bool(torch.isfinite(x.detach().sum())):
             return x
         valid = (valid if batch_first else valid.T).unsqueeze(-1)
         return torch.where(valid, x, 0 if zero else torch.nan_to_num(x, 0.0, 0.0, 0.0))
@@ -397,7 +392,7 @@ def _plan(
         return None
     if masks.bias is not None or weights.bias_k is not None or add_zero_attn or B * S == 0 or B * L == 0:
         return None
-    if not _can_look(query):
+    if not _attention.can_look(query):
         return None
     if choose_backend(backend, query, key, value, None) != "cpu":
         return None

@@ -17,6 +17,7 @@ from seqkern.reference.masks import candidate_scale, recurrent_mask, variational
 
 _forward = _backend.operator("recurrent_forward")
 _backward = _backend.operator("recurrent_backward")
+_mask = _backend.operator("recurrent_mask")
 
 UPDATE_GATES = ("keep", "replace")
 
@@ -415,7 +416,10 @@ class Options(NamedTuple):
     def mask(self, seed: Tensor | None, t: Tensor | None, b: Tensor | None, D: int, H: int) -> Tensor | None:
         if not any(self.probabilities):
             return None
-        return recurrent_mask(seed, self.probabilities, t, b, self.number, D, H)
+        if _mask is None or not seed.is_cpu or _layers.transformed((seed,)):
+            return recurrent_mask(seed, self.probabilities, t, b, self.number, D, H)
+        t, b = torch.broadcast_tensors(t, b)
+        return _mask(seed, self.probabilities, t, b, self.number, D, H)
 
     def hidden(self, params: Sequence[Tensor | None]) -> int:
         return params[0].shape[0] // _cells.CELLS[self.cell].gates

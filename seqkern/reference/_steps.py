@@ -56,10 +56,12 @@ def add(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def layer_norm(y: Tensor, gamma: Tensor, beta: Tensor | None, eps: float) -> Tensor:
-    """(y - mean) / sqrt(variance + eps) * gamma + beta over the last dimension, the variance biased.
+    """(y - mean) / sqrt(variance + eps) * gamma + beta over the last dimension, the variance biased; the
+    statistics in float32 at least.
 
     Literally, because F.layer_norm computes y * rstd - mean * rstd, which cancels.
     """
-    centred = y - y.mean(-1, keepdim=True)
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    return add(centred * torch.rsqrt(variance + eps) * gamma, beta)
+    return add((centred * torch.rsqrt(variance + eps)).to(y.dtype) * gamma, beta)

@@ -1,0 +1,188 @@
+"""The recurrent variants: cases, and how one is measured, beside a user's eager loop and beside LSTM or GRU.
+loop (the peer), and beside seqkern's LSTM or GRU of the same size.
+
+`to_base` is a variant's time over that of its base, `scaled` the same after dividing by the ratio of their
+FLOPs: what a variant costs beyond its own work.
+
+Letters: B batch, T steps, I input, H hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+import seqkern
+from bench import harness, parity
+
+FAMILY = "variants"
+MODES = ("forward", "training")
+LOOP = "eager loop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A module, and seqkern's layer that it is compared with."""
+
+    name: str
+    base: str
+    module: str
+    of_input: int  # rows of H that are multiplied by x
+    of_hidden: int  # by vectors of H
+    options: tuple[tuple[str, object], ...] = ()
+
+
+BASES = {"LSTM": (4, 4), "GRU": (3, 3), "RNN": (1, 1)}
+VARIANTS = (
+    Variant("PeepholeLSTM", "LSTM", "PeepholeLSTM", 4, 4),
+    Variant("CIFGLSTM", "LSTM", "CIFGLSTM", 3, 3),
+    Variant("LayerNormLSTM", "LSTM", "LayerNormLSTM", 4, 4),
+    Variant("NestedLSTM", "LSTM", "NestedLSTM", 4, 12),
+    Variant("SLSTM", "LSTM", "SLSTM", 4, 4),  # one head
+    Variant("LayerNormGRU", "GRU", "LayerNormGRU", 3, 3),
+    Variant("GRU, reset before", "GRU", "GRU", 3, 3, (("reset_after", False),)),
+    Variant("MGU", "GRU", "MGU", 2, 2),
+    Variant("NestedGRU", "GRU", "NestedGRU", 3, 9),
+    Variant("IndRNN", "RNN", "IndRNN", 1, 0),
+    Variant("LSTM, zoneout", "LSTM", "LSTM", 4, 4, (("zoneout", (0.1, 0.1)),)),
+    Variant("LSTM, recurrent dropout", "LSTM", "LSTM", 4, 4, (("recurrent_dropout", 0.1),)),
+    Variant("LSTM, variational dropout", "LSTM", "LSTM", 4, 4, (("variational_dropout", 0.1),)),
+)
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One variant at one size."""
+
+    name: str
+    variant: str
+    B: int = 64
+    T: int = 128
+    I: int = 300  # noqa: E741
+    H: int = 256
+    short: bool = False
+
+    def describe(self) -> str:
+        return f"{self.B}, {self.T}, {self.I}, {self.H}"
+
+    def flops(self, part: str) -> int:
+        """Of the products with x and with vectors of H; backward twice forward's."""
+        passes = {"forward": 1, "backward": 2, "training": 3}[part]
+        variant = BY_NAME[self.variant]
+        return passes * self.products(variant.of_input, variant.of_hidden)
+
+    def base_flops(self, part: str) -> int:
+        passes = {"forward": 1, "backward": 2, "training": 3}[part]
+        return passes * self.products(*BASES[BY_NAME[self.variant].base])
+
+    def products(self, of_input: int, of_hidden: int) -> int:
+        return 2 * self.B * self.T * self.H * (of_input * self.I + of_hidden * self.H)
+
+    def scaled(self, family: str, flops: float) -> Case:
+        """The same case, cut in T so that a check of it takes about a second."""
+        return dataclasses.replace(self, T=min(self.T, 8))
+
+
+CELLS = [
+    ("float32", Case(variant.name.lower().replace(", ", "-").replace(" ", "-"), variant.name))
+    for variant in VARIANTS
+]
+LOOP_TARGET = 8.0  # times faster than the loop, forward and backward, on two CPU cores
+BASE_TARGET = 1.3  # times the base's time, in proportion to FLOPs
+
+
+class Problem:
+    """x [T, B, I] and dy from a fixed seed; the variant, and its base, with parameters of the usual size."""
+
+    def __init__(self, library: object, family: str, dtype: torch.dtype, case: Case, device: str) -> None:
+        variant = BY_NAME[case.variant]
+        self.dtype, self.case, self.device, self.base_name = dtype, case, device, variant.base
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            build = functools.partial(
+                getattr(seqkern, variant.module), case.I, case.H, **dict(variant.options)
+            )
+            self.module = build().to(device=device, dtype=dtype)
+            self.base = getattr(seqkern, variant.base)(case.I, case.H).to(device=device, dtype=dtype)
+        generator = torch.Generator().manual_seed(2)
+        self.x = torch.randn(case.T, case.B, case.I, generator=generator).to(device=device, dtype=dtype)
+        self.dy = torch.randn(case.T, case.B, case.H, generator=generator).to(device=device, dtype=dtype)
+
+    def loop(self) -> torch.Tensor:
+        with seqkern.use_backend("eager"):
+            return self.module(self.x)[0]
+
+    def subjects(self) -> dict[str, tuple[torch.nn.Module, Callable[[], torch.Tensor]]]:
+        return {
+            LOOP: (self.module, self.loop),
+            "seqkern": (self.module, lambda: self.module(self.x)[0]),
+            self.base_name: (self.base, lambda: self.base(self.x)[0]),
+        }
+
+    def steps(self, mode: str) -> dict[str, Callable[[], dict[str, float]]]:
+        steps: dict[str, Callable[[], dict[str, float]]] = {}
+        self.x = self.x.detach().requires_grad_(mode == "training")
+        for name, (module, call) in self.subjects().items():
+            module.train(mode == "training")
+            if mode == "forward":
+                steps[name] = functools.partial(harness.timed_forward, call, self.device)
+            else:
+                leaves = [self.x, *module.parameters()]
+                steps[name] = functools.partial(harness.timed_training, call, leaves, self.dy, self.device)
+        return steps
+
+    def results(self, backend: str | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """One forward and backward in training, with the same random masks each time."""
+        self.module.to(dtype=dtype).train()
+        x = self.x.detach().to(dtype).requires_grad_()
+        leaves = {"x": x, **dict(self.module.named_parameters())}
+        with torch.random.fork_rng(devices=[]), seqkern.use_backend(backend):
+            torch.manual_seed(3)
+            y = self.module(x)[0]
+            grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(dtype))
+        self.module.to(dtype=self.dtype)
+        found = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        return {"y": y.detach(), **found}
+
+    def gate(self) -> dict[str, parity.Parity]:
+        referee = self.results("eager", torch.float64)
+        peer = self.results("eager", self.dtype)
+        where = f"{self.case.name} {self.dtype}"
+        got = self.results(None, self.dtype)
+        return {"seqkern": parity.compare(got, peer, referee, self.dtype, self.case.T, where)}
+
+
+def entries(
+    interleaved: harness.Interleaved, problem: Problem, gates: dict[str, parity.Parity]
+) -> Iterator[dict[str, object]]:
+    """The JSON entries: one a part."""
+    case, dtype = problem.case, str(problem.dtype).removeprefix("torch.")
+    for part in interleaved.seconds["seqkern"]:
+        ours, theirs, base = (
+            interleaved.spread(name, part).to_json() for name in ("seqkern", LOOP, problem.base_name)
+        )
+        to_base = ours["median"] / base["median"]
+        share = case.flops(part) / case.base_flops(part)
+        yield {
+            "id": f"{FAMILY}-{dtype}-{case.name}-{part}",
+            "family": FAMILY,
+            "dtype": dtype,
+            "case": case.name,
+            "mode": part,
+            "shape": f"{case.variant} {case.describe()}",
+            "peers": {LOOP: theirs, problem.base_name: base},
+            "best": LOOP,
+            "seqkern": ours,
+            "ratio": float(f"{theirs['median'] / ours['median']:.4g}"),
+            "base": problem.base_name,
+            "to_base": float(f"{to_base:.4g}"),
+            "scaled": float(f"{to_base / share:.4g}"),
+            "verdict": harness.verdict(theirs, ours),
+            "gflops": float(f"{case.flops(part) / ours['median'] / 1e9:.4g}"),
+            "best_gflops": float(f"{case.flops(part) / theirs['median'] / 1e9:.4g}"),
+            "parity": gates["seqkern"].to_json(),
+        }
