@@ -129,6 +129,11 @@ class LayerCall {
     return kNames[k];
   }
 
+  static const char* gradient_name(size_t k) {
+    constexpr const char* kNames[kMostStates] = {"dh_n", "dc_n", "dn_n or dd_n", "dm_n"};
+    return kNames[k];
+  }
+
   // A tensor per direction [D, B, H] as it is outside <-> with heads as directions.
   at::Tensor with_heads(const at::Tensor& tensor) const {
     if (heads == 1) return tensor;
@@ -176,7 +181,7 @@ class LayerCall {
                 states.size(), ", got ", back.dstates.size());
     for (size_t k = 0; k < states.size(); k++)
       if (back.dstates[k])
-        check(state_name(k), *back.dstates[k], {D / heads, B, (k == 0 ? P : H) * heads});
+        check(gradient_name(k), *back.dstates[k], {D / heads, B, (k == 0 ? P : H) * heads});
     if (reserve_width(shape, regularised, H) > 0) {
       check("reserve", back.reserve, reserve_shape());
       TORCH_CHECK(back.reserve.is_contiguous(), "reserve: expected it as forward returned it");

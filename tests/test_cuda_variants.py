@@ -18,6 +18,9 @@ from seqkern.ops import CELLS
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The cells whose sequence one launch can run, and the H, of a head, that a tier can cut.
+PERSISTENT = tuple(name for name in CELL_NAMES if name in (*PLAIN, "peephole_lstm", "cifg_lstm", "slstm"))
+HIDDEN = {"block": (15, 20), "cluster": (20, 40), "grid": (20, 33)}
 each_cell = pytest.mark.parametrize("cell", CELL_NAMES)
 
 
@@ -30,7 +33,7 @@ def _float32_is_float32() -> Iterator[None]:
     torch.backends.cudnn.rnn.fp32_precision = before
 
 
-def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
+def kernel_cases(cell: str, tier: str = "step", slow: bool = False) -> list[Case]:
     """Pairs of options and dtypes at small sizes; slow: of sizes, too."""
     options = dict(
         bidirectional=(False, True),
@@ -43,13 +46,19 @@ def kernel_cases(cell: str, slow: bool = False) -> list[Case]:
         T=(1, 6),
         B=(1, 5),
         I=(5,),
-        # A row of one unit's gates has hardly a degree of freedom left once it is normalised.
-        H=(2 if CELLS[cell].normalises else 1, 15, 20),
+        # A row of one or two units has hardly a degree of freedom left once it is normalised.
+        H=(7 if CELLS[cell].normalises else 1, 15, 20),
     )
     if slow:
-        options |= dict(num_layers=(1, 2), T=(1, 2, 9), B=(1, 3, 9), I=(1, 17), H=(2, 15, 16, 33))
+        options |= dict(num_layers=(1, 2), T=(1, 2, 9), B=(1, 3, 9), I=(1, 17), H=(7, 15, 16, 33))
+    if tier != "step":
+        heads = 4 if cell == "slstm" else 1
+        sizes = HIDDEN[tier] if slow else HIDDEN[tier][:1]
+        if not slow:
+            options |= dict(bias=("both",), hx=(True,), options=((), regularised(cell)[-1]), T=(6,))
+        options |= dict(H=[H * heads for H in sizes], dtype=[d for d in DTYPES if d is not torch.float64])
     rows = pairwise(options)
-    if cell == "lstm":
+    if cell == "lstm" and tier == "step":
         rows += [
             dict(P=5, H=17, B=8, dtype=dtype, bidirectional=True, form=form, options=options)
             for dtype, form, options in (
@@ -80,6 +89,28 @@ def test_parity_at_more_sizes(case: Case) -> None:
         check_parity(case, "cpu")
 
 
+def persistent_cases(slow: bool = False) -> list:
+    return [
+        pytest.param(tier, case, id=f"{tier}-{case}")
+        for tier in HIDDEN
+        for cell in PERSISTENT
+        for case in kernel_cases(cell, tier, slow)
+    ]
+
+
+@pytest.mark.parametrize(("tier", "case"), persistent_cases())
+def test_parity_in_one_launch(tier: str, case: Case) -> None:
+    with emulated(tier):
+        check_parity(case, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tier", "case"), persistent_cases(slow=True))
+def test_parity_in_one_launch_at_more_sizes(tier: str, case: Case) -> None:
+    with emulated(tier):
+        check_parity(case, "cpu")
+
+
 def everything(cell: str, **options) -> Case:
     """Odd sizes, both directions, every regulariser."""
     sizes = dict(T=5, B=4, I=3, H=20, bidirectional=True, dtype=torch.float32)
@@ -104,7 +135,9 @@ def test_padding_never_leaks(cell: str) -> None:
     beyond = torch.arange(case.T).unsqueeze(1) >= case.lengths()
 
     def run(filler: float) -> Results:
-        results = evaluate_case(case, tensors | {"x": tensors["x"].masked_fill(beyond[..., None], filler)}, "cpu")
+        results = evaluate_case(
+            case, tensors | {"x": tensors["x"].masked_fill(beyond[..., None], filler)}, "cpu"
+        )
         assert (results["y"][beyond] == 0).all() and (results["d x"][beyond] == 0).all()
         return results
 

@@ -52,6 +52,10 @@ struct LayerParams {
   bool saves_h;         // is h among the former, after the cell's own?
 };
 
+inline bool regularises(const LayerParams& p) {
+  return p.regularisers.on || p.regularisers.scale != nullptr;
+}
+
 struct ForwardParams : LayerParams {
   const void* gx;                  // [D, N, G*H] W_ih x, without bias
   void* y;                         // [N, D*P] overwritten at valid rows
@@ -85,7 +89,7 @@ struct BackwardParams : LayerParams {
 struct Persistent {
   Plan plan;
   bool tf32;                 // float32: one TF32 product, else three, which is as good as float32
-  const void* matrix[2][2];  // [D][leg], see matrix_shape
+  const void* matrix[2][2];  // [way][leg] of [heads] each, see matrix_shape
   void* exchange;            // exchange_bytes of zeros; Tier::grid only
   uint32_t* flags;           // flag_count of zeros; Tier::grid only
   int shared_limit;          // Facts::shared_bytes
@@ -115,6 +119,11 @@ bool gru_forward(const ForwardParams& params, const Persistent& persistent, void
 bool gru_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 bool rnn_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
 bool rnn_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+// These three cells regularised; other cells of one product, regularised or not:
+bool regularised_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool regularised_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+bool variant_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool variant_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 
 // ---- step by step (stepwise.cu): launches per step, products between them; any cell and dtype
 // ----

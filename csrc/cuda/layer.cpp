@@ -315,12 +315,15 @@ Tensor matrix_of(const Call& call, const PlanRequest& request, int64_t d, int le
 struct Prepared {
   Prepared(const Call& call, const Planned& planned) {
     persistent.plan = planned.plan;
-    persistent.tf32 = planned.request.tf32;
+    persistent.tf32 = one_tf32(planned.request);
     persistent.shared_limit = planned.shared_limit;
-    for (int64_t d = 0; d < call.D; d++) {
+    for (int64_t way = 0; way < call.ways(); way++) {
       for (int leg = 0; leg < (call.projected ? 2 : 1); leg++) {
-        matrix[d][leg] = matrix_of(call, planned.request, d, leg);
-        persistent.matrix[d][leg] = matrix[d][leg].const_data_ptr();
+        std::vector<Tensor> of_heads;
+        for (int64_t n = 0; n < call.heads; n++)
+          of_heads.push_back(matrix_of(call, planned.request, way * call.heads + n, leg));
+        matrix[way][leg] = call.heads == 1 ? of_heads[0] : at::stack(of_heads);
+        persistent.matrix[way][leg] = matrix[way][leg].const_data_ptr();
       }
     }
     if (planned.plan.tier != Tier::grid) return;
