@@ -342,7 +342,7 @@ struct SlstmCell {
 template <class Math>
 struct GruResetBeforeCell {
   using V = typename Math::V;
-  static constexpr int kSlots = 3, kFirst = 2, kFirstSlot = 0, kSecond = 1, kMid = 1;
+  static constexpr int kGates = 3, kSlots = 3, kFirst = 2, kFirstSlot = 0, kSecond = 1, kMid = 1;
   static constexpr int kSaved = 3, kStates = 1, kCarry = 0, kPlanes = 3, kEndPlane = 1;
 
   // r z = sigma(pre_r) sigma(pre_z);  n = tanh(pre_n + U (r h_prev));  h = (1 - z) n + z h_prev
@@ -388,7 +388,7 @@ struct GruResetBeforeCell {
 template <class Math>
 struct MguCell {
   using V = typename Math::V;
-  static constexpr int kSlots = 2, kFirst = 1, kFirstSlot = 0, kSecond = 1, kMid = 1;
+  static constexpr int kGates = 2, kSlots = 2, kFirst = 1, kFirstSlot = 0, kSecond = 1, kMid = 1;
   static constexpr int kSaved = 2, kStates = 1, kCarry = 1, kPlanes = 2, kEndPlane = 1;
 
   // f = sigma(pre_f);  n = tanh(pre_n + U (f h_prev));  h = (1 - f) h_prev + f n
@@ -432,7 +432,7 @@ struct MguCell {
 template <class Math>
 struct NestedLstmCell {
   using V = typename Math::V;
-  static constexpr int kSlots = 4, kFirst = 4, kFirstSlot = 0, kSecond = 4, kMid = 2;
+  static constexpr int kGates = 4, kSlots = 4, kFirst = 4, kFirstSlot = 0, kSecond = 4, kMid = 2;
   static constexpr int kSaved = 10, kStates = 3, kCarry = 0, kPlanes = 8, kEndPlane = 3;
 
   // An LSTM whose cell state is the output of another LSTM, of input i g, hidden state f c_prev and
@@ -499,7 +499,7 @@ struct NestedLstmCell {
 template <class Math>
 struct NestedGruCell {
   using V = typename Math::V;
-  static constexpr int kSlots = 4, kFirst = 3, kFirstSlot = 1, kSecond = 4, kMid = 2;
+  static constexpr int kGates = 3, kSlots = 4, kFirst = 3, kFirstSlot = 1, kSecond = 4, kMid = 2;
   static constexpr int kSaved = 8, kStates = 1, kCarry = 1, kPlanes = 8, kEndPlane = 4;
 
   // A GRU that blends by another GRU, of input (1 - z) n and hidden state z h_prev, where the

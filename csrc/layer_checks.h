@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/stack.h>
 
 #include "dtype.h"
 #include "operators.h"
@@ -120,11 +121,16 @@ class LayerCall {
       }
       directions.push_back(w);
     }
-    if (heads > 1) part_heads();
+    if (cell == CellKind::slstm) part_heads();
   }
 
   static const char* state_name(size_t k) {
     constexpr const char* kNames[kMostStates] = {"h0", "c0", "n0 or d0", "m0"};
+    return kNames[k];
+  }
+
+  static const char* gradient_name(size_t k) {
+    constexpr const char* kNames[kMostStates] = {"dh_n", "dc_n", "dn_n or dd_n", "dm_n"};
     return kNames[k];
   }
 
@@ -138,6 +144,23 @@ class LayerCall {
     return tensor.reshape({D / heads, heads, B, H})
         .permute({0, 2, 1, 3})
         .reshape({D / heads, B, heads * H});
+  }
+
+  // Gradients made head by head, [D] of a direction's parameters each -> as the parameters are;
+  // those in dparams that are undefined are not wanted.
+  void join_heads(std::vector<at::Tensor>& dparams,
+                  const std::vector<std::vector<at::Tensor>>& of_heads) const {
+    for (size_t i = 0; i < dparams.size(); i++) {
+      if (!dparams[i].defined()) continue;
+      const size_t d = i / each, k = i % each;
+      std::vector<at::Tensor> parts;
+      for (int64_t n = 0; n < heads; n++)
+        parts.push_back(of_heads[d * size_t(heads) + size_t(n)][k]);
+      const at::Tensor stacked = at::stack(parts);  // [heads, G*H, ..]
+      dparams[i] =
+          k == 1 ? stacked
+                 : stacked.view({heads, G, H, -1}).transpose(0, 1).reshape(dparams[i].sizes());
+    }
   }
 
   void check(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) const {
@@ -158,7 +181,7 @@ class LayerCall {
                 states.size(), ", got ", back.dstates.size());
     for (size_t k = 0; k < states.size(); k++)
       if (back.dstates[k])
-        check(state_name(k), *back.dstates[k], {D / heads, B, (k == 0 ? P : H) * heads});
+        check(gradient_name(k), *back.dstates[k], {D / heads, B, (k == 0 ? P : H) * heads});
     if (reserve_width(shape, regularised, H) > 0) {
       check("reserve", back.reserve, reserve_shape());
       TORCH_CHECK(back.reserve.is_contiguous(), "reserve: expected it as forward returned it");
@@ -188,14 +211,15 @@ class LayerCall {
     for (const Direction& w : directions)
       for (int64_t n = 0; n < N; n++) {
         const auto part = [&](const at::Tensor& tensor, int64_t columns) {
-          return tensor.defined() ? tensor.view({G, N, H, columns}).select(1, n).contiguous()
-                                  : tensor;
+          return tensor.defined()
+                     ? tensor.view({G, N, H, columns}).select(1, n).reshape({G * H, columns})
+                     : tensor;
         };
         Direction of;
         of.w_ih = part(w.w_ih, I);
         of.w_hh = w.w_hh.select(0, n).contiguous();
-        of.b_ih = part(w.b_ih, 1);
-        of.b_hh = part(w.b_hh, 1);
+        of.b_ih = w.b_ih.defined() ? part(w.b_ih, 1).view({G * H}) : w.b_ih;
+        of.b_hh = w.b_hh.defined() ? part(w.b_hh, 1).view({G * H}) : w.b_hh;
         parted.push_back(of);
       }
     directions = parted;

@@ -54,7 +54,8 @@ std::string cuda_plan(const std::string& cell, const std::string& dtype, const s
       H,
       P,
       D,
-      /*projected=*/P != H};
+      /*projected=*/P != H,
+      /*regularised=*/false};
   return cuda::explain(request, {capability, sms, shared_bytes, max_cluster});
 }
 

@@ -140,9 +140,10 @@ struct LayerOperators {
   static LayerArguments plain(CellKind cell, const Tensor& x, Tensors states, List params,
                               const Optional& lengths, const Optional& batch_sizes) {
     LayerArguments layer{cell, x, std::move(states), {}, lengths, batch_sizes, {}, {}};
-    TORCH_CHECK(layer.states[0].dim() == 3, "h0: expected [1 or 2, B, P], got ",
-                layer.states[0].sizes());
-    const size_t D = size_t(layer.states[0].size(0)), each = D == 0 ? 0 : params.size() / D;
+    const Tensor& h0 = layer.states[0];
+    TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2),
+                "h0: expected [1 or 2, B, P], got ", h0.sizes());
+    const size_t D = size_t(h0.size(0)), each = params.size() / D;
     TORCH_CHECK(each * D == params.size() && each >= 2 && each <= kCommonParams,
                 "params: expected 2 to 5 per direction, got ", params.size(), " for ", D);
     for (size_t d = 0; d < D; d++) {

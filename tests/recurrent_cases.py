@@ -43,6 +43,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    device: str = "cpu"
 
     def __str__(self) -> str:
         words = [self.cell, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
@@ -99,7 +100,7 @@ class Case:
             found[name] = 1 + 0.3 * normal(*shape) if name.startswith("gamma") else numbers
         if self.cell.endswith("relu") and self.dtype is not torch.float64:
             self.steer(found)
-        return {name: tensor.to(self.dtype) for name, tensor in found.items()}
+        return {name: tensor.to(self.device, self.dtype) for name, tensor in found.items()}
 
     def steer(self, found: dict[str, Tensor]) -> None:
         """Keeps a ReLU's pre-activations far from 0, where rounding would decide their sign and with it a
@@ -156,12 +157,12 @@ class Case:
         lengths, reset = self.lengths(), self.resets()
         keywords: dict[str, Any] = dict(self.options)
         if self.form == "packed":
-            valid = (torch.arange(self.T).unsqueeze(1) < lengths).flatten().nonzero().squeeze(1)
+            valid = (torch.arange(self.T).unsqueeze(1) < lengths).flatten().nonzero().squeeze(1).to(x.device)
             keywords["batch_sizes"] = (lengths > torch.arange(self.T).unsqueeze(1)).sum(1)
             x = x.flatten(0, 1)[valid]
-            reset = None if reset is None else reset.flatten()[valid]
+            reset = None if reset is None else reset.flatten()[valid.cpu()]
         elif self.form == "lengths":
-            keywords["lengths"] = lengths
+            keywords["lengths"] = lengths.to(x.device)
         torch.manual_seed(self.seed)
         y, finals = recurrent(
             *(self.cell, x, hx, self.flat_params(tensors)),

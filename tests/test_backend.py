@@ -48,7 +48,7 @@ def request_for(op: str, H: int = 3, dtype: torch.dtype = torch.float32):
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru", "recurrent"])
 @pytest.mark.parametrize(
     ("device", "dtype", "keywords", "expected"),
     [
@@ -86,7 +86,7 @@ MISSING = f"needs the compiled extension: {NO_COMPILER}"
 OLD = "needs compute capability 8.0 or newer, got 7.5"
 
 
-@pytest.mark.parametrize("op", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("op", ["rnn", "lstm", "gru", "recurrent"])
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "keywords", "reason", "instead"),
     [

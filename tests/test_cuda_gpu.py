@@ -1,4 +1,5 @@
-"""The CUDA kernels of RNN, LSTM and GRU on a device: against torch.nn there, by compare.py's rule.
+"""The CUDA kernels on a device: RNN, LSTM and GRU against torch.nn there, by compare.py's rule; the variants
+and regularised recurrences against the eager formula.
 
 What runs without one is in test_cuda.py. Each tier of csrc/cuda/plan.h is forced by name; "" is a free
 choice.
@@ -13,9 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import recurrent_cases
 import torch
 from cases import KINDS, OUR_CELL, SHORT, TORCH_CELL, Case, State, our_layer, sample
 from compare import check_parity, evaluate, flat, packed_call, same_bits
+from test_cuda_variants import PERSISTENT
+from test_variants import regularised
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -213,6 +217,68 @@ def test_parity_of_projections(case: Case) -> None:
     with precision("ieee"):
         check_parity(theirs, ours, x, hx, case)
         check_parity(theirs, ours, x, hx, f"{case} ragged", with_lengths(lengths), packed_call(lengths))
+
+
+def variants() -> list[tuple[str, recurrent_cases.Case]]:
+    """Every cell, alone and with every regulariser, in each tier that can run it."""
+    found = []
+    for cell in recurrent_cases.CELL_NAMES:
+        tiers = {"step": 40} | (dict(block=64, cluster=256, grid=512) if cell in PERSISTENT else {})
+        for name, H in tiers.items():
+            dtypes = (*FLOATS, torch.float64) if name == "step" else FLOATS
+            for k, dtype in enumerate(dtypes):
+                options = [(), regularised(cell)[-1]]
+                for chosen in options[cell in recurrent_cases.PLAIN :]:
+                    case = recurrent_cases.Case(
+                        cell,
+                        *(7, 9, 33, H),
+                        bidirectional=True,
+                        form=("padded", "lengths", "packed")[k % 3],
+                        options=chosen,
+                        dtype=dtype,
+                        device=DEVICE,
+                    )
+                    found.append((name, case))
+    return found
+
+
+@pytest.mark.parametrize(("name", "case"), variants(), ids=lambda value: str(value))
+def test_parity_of_variants(name: str, case: recurrent_cases.Case) -> None:
+    with tier(name), precision("ieee"):
+        recurrent_cases.check_parity(case, "cuda")
+
+
+@pytest.mark.parametrize("cell", recurrent_cases.CELL_NAMES)
+def test_a_cuda_graph_replays_a_variant(cell: str) -> None:
+    """Forward and backward, captured, give what they give at once."""
+    case = recurrent_cases.Case(
+        cell, T=6, B=4, I=8, H=64, bidirectional=True, form="lengths", dtype=torch.float32, device=DEVICE
+    )
+    leaves = {name: t.requires_grad_() for name, t in case.tensors().items()}
+    lengths = case.lengths().to(DEVICE)
+    states = [leaves[f"{name}0"] for name in seqkern.ops.CELLS[cell].states]
+
+    def run() -> list[Tensor]:
+        params = case.flat_params(leaves)
+        y, finals = seqkern.ops.recurrent(
+            cell, leaves["x"], states, params, lengths=lengths, bidirectional=True
+        )
+        outputs = [y, *finals]
+        return [
+            *outputs,
+            *torch.autograd.grad(outputs, list(leaves.values()), list(map(torch.ones_like, outputs))),
+        ]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    same_bits(dict(enumerate(got)), dict(enumerate(expected)), case)
 
 
 @pytest.mark.parametrize("kind", KINDS)

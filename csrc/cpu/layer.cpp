@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cmath>
@@ -135,21 +134,6 @@ ForwardResult layer_forward(const LayerArguments& a, bool save) {
   return result;
 }
 
-// Gradients of an sLSTM's parameters, made head by head, as the parameters are.
-void join_heads(std::vector<Tensor>& dparams, const Call& call, const LayerArguments& a,
-                std::vector<std::vector<Tensor>>& of_heads) {
-  const int64_t N = call.heads, G = call.G, H = call.H;
-  for (size_t i = 0; i < dparams.size(); i++) {
-    if (!dparams[i].defined()) continue;
-    const size_t d = i / call.each, k = i % call.each;
-    std::vector<Tensor> heads;
-    for (int64_t n = 0; n < N; n++) heads.push_back(of_heads[d * size_t(N) + size_t(n)][k]);
-    const Tensor stacked = at::stack(heads);  // [N, G*H, ..]
-    dparams[i] =
-        k == 1 ? stacked : stacked.view({N, G, H, -1}).transpose(0, 1).reshape(a.params[i].sizes());
-  }
-}
-
 BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& back) {
   const Call call(a);
   call.check_backward(back);
@@ -212,7 +196,7 @@ BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& 
   }
   const KernelTable& kernel = kernels();
   launch(p, kernel.backward_scratch, kernel.backward);
-  if (call.heads > 1) join_heads(result.dparams, call, a, of_heads);
+  if (call.heads > 1) call.join_heads(result.dparams, of_heads);
   for (Tensor& dstate : result.dstates) dstate = call.without_heads(dstate);
   return result;
 }

@@ -30,7 +30,7 @@ struct LegCut {
   int all_tiles;          // of units that the matrix gives
   int chunks;             // of k
   int64_t Hp, Kp;         // the matrix: [m, Hp, Kp]
-  const void* matrix[2];  // [D]
+  const void* matrix[2];  // [way], of [heads] each
   // The vector: what its owners, the blocks with tiles of the other leg (or of the only one), give.
   int vector_tiles, all_vector_tiles;
   unsigned char* exchange;  // [groups][2][columns][chunks][8][64], Tier::grid only

@@ -102,7 +102,7 @@ PersistentKernel<ParamsOf<kPass>> kernel_of() {
 
 template <Pass kPass, class Cell, class S, Product kProduct, int kItems>
 PersistentKernel<ParamsOf<kPass>> kernel_of(bool grid, bool projected) {
-  if constexpr (kHasC<Cell>)  // an LSTM
+  if constexpr (kHasC<Cell> && !kIsRegular<Cell>)  // an LSTM
     if (projected)
       return grid ? kernel_of<kPass, Cell, S, kProduct, true, true, kItems>()
                   : kernel_of<kPass, Cell, S, kProduct, false, true, kItems>();
@@ -122,7 +122,7 @@ bool launch(const ParamsOf<kPass>& params, const Persistent& persistent, void* s
                            persistent, kPass, stream);
 }
 
-// One cell's.
+// One of torch.nn's cells, unregularised.
 template <Pass kPass, template <class> class Cell>
 bool launch_cell(const ParamsOf<kPass>& params, const Persistent& persistent, void* stream) {
   if (params.dtype == Dtype::f16)
@@ -132,6 +132,27 @@ bool launch_cell(const ParamsOf<kPass>& params, const Persistent& persistent, vo
   if (persistent.tf32)
     return launch<kPass, Cell<Math<float>>, float, Product::tf32>(params, persistent, stream);
   return launch<kPass, Cell<Math<float>>, float, Product::tf32_3>(params, persistent, stream);
+}
+
+// A cell's kernels that regularise, if they are asked to. To be compiled within minutes they are
+// fewer: always for two pairs per thread, and float32 as three TF32 products.
+template <Pass kPass, class Cell, class S, Product kProduct>
+bool launch_regular(const ParamsOf<kPass>& params, const Persistent& persistent, void* stream) {
+  return launch_persistent(persistent.plan.tier == Tier::grid
+                               ? kernel_of<kPass, Regular<Cell>, S, kProduct, true, false, 2>()
+                               : kernel_of<kPass, Regular<Cell>, S, kProduct, false, false, 2>(),
+                           kPass == Pass::forward ? "forward_kernel" : "backward_kernel", params,
+                           persistent, kPass, stream);
+}
+template <Pass kPass, template <class> class Cell>
+bool launch_regular_cell(const ParamsOf<kPass>& params, const Persistent& persistent,
+                         void* stream) {
+  if (params.dtype == Dtype::f16)
+    return launch_regular<kPass, Cell<Math<f16>>, f16, Product::f16>(params, persistent, stream);
+  if (params.dtype == Dtype::bf16)
+    return launch_regular<kPass, Cell<Math<bf16>>, bf16, Product::bf16>(params, persistent, stream);
+  return launch_regular<kPass, Cell<Math<float>>, float, Product::tf32_3>(params, persistent,
+                                                                          stream);
 }
 
 }  // namespace seqkern::cuda

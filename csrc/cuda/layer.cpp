@@ -1,10 +1,10 @@
 // The torch side of one recurrent layer on a CUDA device.
 //
 // Outside of the recurrence, forward is one product (gx = x W_ih^T) and backward three (dx, dW_ih,
-// dW_hh), which torch computes over all rows at once; the recurrence between them is a kernel of
-// kernels.h or, step by step, a product and a launch each. Nothing here waits for the device or
-// reads its memory, so that a CUDA graph can capture all of it; everything is launched on the
-// current stream of x's device.
+// dW_hh; one more for each of a cell's second matrices), which torch computes over all rows at
+// once; the recurrence between them is a kernel of kernels.h or, step by step, products and
+// launches. Nothing here waits for the device or reads its memory, so that a CUDA graph can capture
+// all of it; everything is launched on the current stream of x's device.
 //
 // With SEQKERN_CUDA_ON_CPU the device is the CPU, and the kernels run emulated.
 #include "layer.h"
@@ -12,10 +12,13 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -85,19 +88,36 @@ class Call : public LayerCall {
  public:
   explicit Call(const LayerArguments& a)
       : LayerCall(a, kDevice),
-        has_bias(a.params[2].defined()),
-        lstm(cell == CellKind::lstm),
         options(x.options()),
         compute(dtype_of(x) == Dtype::f64 ? at::kDouble : at::kFloat),
         stream(current_stream(x.device())),
         N(rows_of_x()),
-        slots(shape.slots),
+        planes(shape.slots + shape.sums),
         device(x.is_cpu() ? 0 : int(x.get_device())) {
     use_device(device);
     x_rows = x.reshape({N, I});
     for (Tensor& state : states) state = ready(state);
-    for (Direction& w : directions)
-      if (has_bias) w.b_ih = ready(w.b_ih), w.b_hh = ready(w.b_hh);
+    for (Direction& w : directions) {
+      for (Tensor* tensor : {&w.w_hh, &w.b_ih, &w.b_hh})
+        if (tensor->defined()) *tensor = ready(*tensor);
+      for (Tensor& tensor : w.own)
+        if (tensor.defined()) tensor = ready(tensor);
+    }
+    for (int64_t way = 0; way < ways(); way++) {
+      b_ih[way] = of_way(way, &Direction::b_ih);
+      b_hh[way] = of_way(way, &Direction::b_hh);
+    }
+    if (a.mask) mask = ready(*a.mask);
+    if (a.scale) scale = ready(with_heads(*a.scale));
+    regularisers = {regularised,
+                    mask.defined() ? mask.const_data_ptr<uint8_t>() : nullptr,
+                    scale.defined() ? scale.const_data_ptr() : nullptr,
+                    a.keep_h,
+                    a.keep_c,
+                    a.candidate_scale,
+                    a.cell_clip,
+                    a.proj_clip};
+    eps = a.eps;
     rows = {T, B, N, nullptr, nullptr};
     if (ragged) {
       places = a.lengths->contiguous();
@@ -116,11 +136,29 @@ class Call : public LayerCall {
     p.cell = cell;
     p.dtype = dtype_of(x);
     p.rows = rows;
-    p.H = H, p.P = P, p.D = D;
+    p.H = H, p.P = P, p.D = D, p.heads = heads;
     p.h0 = states[0].const_data_ptr();
-    p.c0 = lstm ? states[1].const_data_ptr() : nullptr;
+    for (size_t k = 1; k < states.size(); k++) p.state0[k - 1] = states[k].const_data_ptr();
+    for (int64_t way = 0; way < ways(); way++) {
+      p.b_ih[way] = data_or_null(b_ih[way]);
+      p.b_hh[way] = data_or_null(b_hh[way]);
+      const Direction& w = directions[size_t(way * heads)];
+      for (size_t i = 0; i < w.own.size(); i++) p.own[way][i] = data_or_null(w.own[i]);
+      if (unitwise()) p.own[way][0] = w.w_hh.const_data_ptr();
+    }
+    p.regularisers = regularisers;
+    p.eps = eps;
+    p.reserve_row = reserve_width(shape, regularised, H);
+    p.saved = saved_values(shape, regularised);
+    p.planes = int(planes);
+    p.saves_h = regularised && shape.saves_h;
     return p;
   }
+
+  int64_t ways() const { return D / heads; }
+
+  // Does W_hh multiply unit by unit?
+  bool unitwise() const { return shape.hidden_gates == 0; }
 
   // A result of which kernels write the valid rows; the others are zero.
   Tensor new_rows(at::IntArrayRef shape) const {
@@ -135,22 +173,69 @@ class Call : public LayerCall {
     return x_rows.masked_fill(t.unsqueeze(1).ge(places).reshape({N, 1}), 0);
   }
 
-  // The columns of dpre [.., slots*H] that W_hh's gates have (kernels.h), in W_hh's order.
-  std::vector<Tensor> hidden_columns(const Tensor& dpre) const {
-    if (slots == G) return {dpre};
-    return {dpre.narrow(-1, 0, 2 * H), dpre.narrow(-1, 3 * H, H)};
+  // ---- a cell's matrices within the recurrence: W_hh's first gates, then the second products'
+  // ----
+
+  int products() const { return unitwise() ? 0 : 1 + shape.mid; }
+  int64_t gates_of(int i) const {
+    if (i == 0) return shape.first_gates;
+    return shape.mid == 1 ? shape.hidden_gates - shape.first_gates : G;
+  }
+  // Of all directions, [D, gates*H, K].
+  Tensor matrix(int i) const {
+    std::vector<Tensor> of_directions;
+    for (const Direction& w : directions)
+      of_directions.push_back(
+          i > 0 && shape.mid == 2
+              ? w.own[size_t(i - 1)]
+              : w.w_hh.narrow(0, i == 0 ? 0 : shape.first_gates * H, gates_of(i) * H));
+    return D == 1 ? of_directions[0].unsqueeze(0) : at::stack(of_directions);
   }
 
-  bool has_bias, lstm;
+  // Some columns of dpre [.., planes*H], in order.
+  struct Planes {
+    int64_t first, count;
+  };
+  std::vector<Tensor> columns(const Tensor& dpre, const std::vector<Planes>& which) const {
+    std::vector<Tensor> found;
+    for (const Planes& some : which)
+      found.push_back(dpre.narrow(-1, some.first * H, some.count * H));
+    return found;
+  }
+  // A GRU has r z n n', n' being W_hn h's; an inner cell's planes lie behind (kernels.h).
+  std::vector<Planes> planes_of(int i) const {
+    const int64_t inner = shape.slots - shape.mid_slots;
+    if (i > 0 && shape.mid == 1) return {{shape.first_gates, gates_of(i)}};
+    if (i == 1) return {{inner, G}};
+    if (shape.rotation > 0) return {{i * inner / 2, 2}, {i * inner / 2 + 3, 1}};
+    if (i == 2) return {{inner, G}};
+    return {{shape.rows ? G : 0, gates_of(0)}};
+  }
+  // What b_hh is added to.
+  std::vector<Planes> planes_of_hidden_bias() const {
+    if (shape.rotation > 0) return planes_of(0);
+    return {{0, shape.hidden_gates > 0 ? shape.hidden_gates : 1}};
+  }
+
   at::TensorOptions options;
   at::ScalarType compute;  // what states are kept in between steps
   void* stream;
-  int64_t N, slots;
+  int64_t N, planes;
   int device;
   Tensor x_rows;  // [N, I]
+  Tensor scale;   // [D, B, P]
   Rows rows;
 
  private:
+  // A bias of all heads that go this way.
+  Tensor of_way(int64_t way, Tensor Direction::* member) const {
+    const auto first = directions.begin() + std::ptrdiff_t(way * heads);
+    if (heads == 1 || !((*first).*member).defined()) return (*first).*member;
+    std::vector<Tensor> parts;
+    for (int64_t n = 0; n < heads; n++) parts.push_back(first[n].*member);
+    return at::stack(parts);
+  }
+
   // A packed batch's first rows and lengths: both follow from the sizes of the steps.
   void place_packed() {
     std::vector<int64_t> numbers;  // first [T], lengths [B]
@@ -172,6 +257,9 @@ class Call : public LayerCall {
   }
 
   Tensor places;  // what rows points into
+  Tensor b_ih[2], b_hh[2], mask;
+  Regularisers regularisers;
+  double eps;
 };
 
 // ---- which kernel -------------------------------------------------------------------------------
@@ -184,8 +272,17 @@ struct Planned {
 };
 
 Planned plan(const Call& call, Pass pass, bool tf32) {
-  const PlanRequest request{call.cell, dtype_of(call.x), pass,   tf32,   call.T,
-                            call.B,    call.H,           call.P, call.D, call.projected};
+  const PlanRequest request{call.cell,
+                            dtype_of(call.x),
+                            pass,
+                            tf32,
+                            call.T,
+                            call.B,
+                            call.H,
+                            call.P,
+                            call.D,
+                            call.projected,
+                            call.regularised || call.scale.defined()};
   const int forced = forced_tier.load(std::memory_order_relaxed);
   const Facts facts = device_facts(call.device);
   return {request, choose(request, facts, forced == kFree ? nullptr : &kTiers[forced]),
@@ -218,12 +315,15 @@ Tensor matrix_of(const Call& call, const PlanRequest& request, int64_t d, int le
 struct Prepared {
   Prepared(const Call& call, const Planned& planned) {
     persistent.plan = planned.plan;
-    persistent.tf32 = planned.request.tf32;
+    persistent.tf32 = one_tf32(planned.request);
     persistent.shared_limit = planned.shared_limit;
-    for (int64_t d = 0; d < call.D; d++) {
+    for (int64_t way = 0; way < call.ways(); way++) {
       for (int leg = 0; leg < (call.projected ? 2 : 1); leg++) {
-        matrix[d][leg] = matrix_of(call, planned.request, d, leg);
-        persistent.matrix[d][leg] = matrix[d][leg].const_data_ptr();
+        std::vector<Tensor> of_heads;
+        for (int64_t n = 0; n < call.heads; n++)
+          of_heads.push_back(matrix_of(call, planned.request, way * call.heads + n, leg));
+        matrix[way][leg] = call.heads == 1 ? of_heads[0] : at::stack(of_heads);
+        persistent.matrix[way][leg] = matrix[way][leg].const_data_ptr();
       }
     }
     if (planned.plan.tier != Tier::grid) return;
@@ -251,34 +351,100 @@ bool launched(const Call& call, const Planned& planned, const Launch& launch) {
   return false;
 }
 
+// ---- products between launches ------------------------------------------------------------------
+
+// out [D, B, n] = a [D, B, k] times a matrix [D, k, n], again and again.
+class Product {
+ public:
+  Product() = default;
+  Product(const Tensor& out, const Tensor& a, const Tensor& matrix)
+      : one(out.size(0) == 1),
+        out(one ? out.select(0, 0) : out),
+        a(one ? a.select(0, 0) : a),
+        matrix(one ? matrix.select(0, 0) : matrix) {}
+
+  void operator()() {
+    if (one)
+      at::mm_out(out, a, matrix);
+    else
+      at::bmm_out(out, a, matrix);
+  }
+
+ private:
+  bool one = true;
+  Tensor out, a, matrix;
+};
+
+// W_hr of all directions, [D, P, H].
+Tensor projections(const Call& call) {
+  std::vector<Tensor> of_directions;
+  for (const LayerCall::Direction& w : call.directions) of_directions.push_back(w.w_hr);
+  return at::stack(of_directions);
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
-// h [D, B, P] and c [D, B, H] of compute: the initial states in, the final ones out.
-void forward_steps(const Call& call, const ForwardParams& p, const Tensor& h, const Tensor& c) {
-  const int64_t B = call.B, H = call.H;
-  Tensor gh = at::empty({B, call.G * H}, call.options), m, h_new;
-  if (call.projected) {
-    m = at::empty({B, H}, call.options);
-    h_new = at::empty({B, call.P}, call.options);
+// h [D, B, P], and the other states [D, B, H] of compute: the initial ones in, the final ones out.
+void forward_steps(const Call& call, const ForwardParams& p, const Tensor& h,
+                   const std::vector<Tensor>& states) {
+  const int64_t D = call.D, B = call.B, H = call.H;
+  const auto room = [&](int64_t n) { return at::empty({D, B, n}, call.options); };
+  ForwardStep step{};
+  step.h = h.mutable_data_ptr();
+  Tensor h_in = h;
+  if (call.scale.defined()) {
+    h_in = at::mul(h, call.scale);
+    step.h_in = h_in.mutable_data_ptr();
   }
-  for (int64_t d = 0; d < call.D; d++) {
-    const LayerCall::Direction& w = call.directions[size_t(d)];
-    const Tensor h_d = h.select(0, d), w_hh_t = w.w_hh.t();
-    ForwardStep step{};
-    step.d = d;
-    step.gh = gh.const_data_ptr();
-    step.h = h_d.mutable_data_ptr();
-    step.c = c.defined() ? c.select(0, d).mutable_data_ptr() : nullptr;
-    step.m = call.projected ? m.mutable_data_ptr() : nullptr;
-    for (step.s = 0; step.s < call.T; step.s++) {
-      at::mm_out(gh, h_d, w_hh_t);
-      step_forward(p, step, call.stream);
-      if (call.projected) {
-        at::mm_out(h_new, m, w.w_hr.t());
-        step_store(p, d, step.s, h_new.const_data_ptr(), step.h, call.stream);
-      }
+  for (size_t k = 0; k < states.size(); k++) step.state[k] = states[k].mutable_data_ptr();
+  Tensor results[3], mid[2], held, m, h_new;
+  Product products[3], project;
+  for (int i = 0; i < call.products(); i++) {
+    results[i] = room(call.gates_of(i) * H);
+    step.products[i] = results[i].const_data_ptr();
+    if (i > 0) {
+      mid[i - 1] = room(H);
+      step.mid[i - 1] = mid[i - 1].mutable_data_ptr();
+    }
+    products[i] = Product(results[i], i == 0 ? h_in : mid[i - 1], call.matrix(i).transpose(1, 2));
+  }
+  if (const int values = held_values(call.shape); values > 0) {
+    held = at::empty({D, B, values, H}, call.options.dtype(call.compute));
+    step.held = held.mutable_data_ptr();
+  }
+  if (call.projected) {
+    m = room(H), h_new = room(call.P);
+    step.m = m.mutable_data_ptr();
+    project = Product(h_new, m, projections(call).transpose(1, 2));
+  }
+  for (step.s = 0; step.s < call.T; step.s++) {
+    products[0]();
+    if (call.shape.mid > 0) step_begin(p, step, call.stream);
+    for (int i = 1; i < call.products(); i++) products[i]();
+    step_forward(p, step, call.stream);
+    if (call.projected) {
+      project();
+      step_store(p, step, h_new.const_data_ptr(), call.stream);
     }
   }
+}
+
+// x W_ih^T, [D, N, G*H].
+Tensor project_input(const Call& call) {
+  const Tensor x = call.clean_x();
+  Tensor gx = at::empty({call.D, call.N, call.G * call.H}, call.options);
+  if (call.heads > 1) {  // as many small products
+    std::vector<Tensor> w_ih;
+    for (const LayerCall::Direction& w : call.directions) w_ih.push_back(w.w_ih);
+    at::bmm_out(gx, x.unsqueeze(0).expand({call.D, call.N, call.I}),
+                at::stack(w_ih).transpose(1, 2));
+    return gx;
+  }
+  for (int64_t d = 0; d < call.D; d++) {
+    Tensor gx_d = gx.select(0, d);
+    at::mm_out(gx_d, x, call.directions[size_t(d)].w_ih.t());
+  }
+  return gx;
 }
 
 ForwardResult layer_forward(const LayerArguments& a, bool save) {
@@ -290,21 +456,14 @@ ForwardResult layer_forward(const LayerArguments& a, bool save) {
   result.reserve =
       at::empty(reserves ? call.reserve_shape() : std::vector<int64_t>{0}, call.options);
   if (call.nothing()) {
-    for (const Tensor& state : call.states) result.states.push_back(state.clone());
+    for (const Tensor& state : call.states)
+      result.states.push_back(call.without_heads(state).clone());
     return result;
   }
 
-  const Tensor x_clean = call.clean_x();
-  const Tensor gx = at::empty({call.D, call.N, call.G * call.H}, call.options);
+  const Tensor gx = project_input(call);
   ForwardParams p = call.params<ForwardParams>();
   p.gx = gx.const_data_ptr();
-  for (int64_t d = 0; d < call.D; d++) {
-    const LayerCall::Direction& w = call.directions[size_t(d)];
-    Tensor gx_d = gx.select(0, d);
-    at::mm_out(gx_d, x_clean, w.w_ih.t());
-    p.b_ih[d] = data_or_null(w.b_ih);
-    p.b_hh[d] = data_or_null(w.b_hh);
-  }
   p.y = result.y.mutable_data_ptr();
   p.reserve = reserves ? result.reserve.mutable_data_ptr() : nullptr;
 
@@ -312,113 +471,206 @@ ForwardResult layer_forward(const LayerArguments& a, bool save) {
     result.states.push_back(at::empty(state.sizes(), call.options));
   const Tensor& h_n = result.states[0];
   p.h_n = h_n.mutable_data_ptr();
-  if (call.lstm) p.c_n = result.states[1].mutable_data_ptr();
+  for (size_t k = 1; k < result.states.size(); k++)
+    p.state_n[k - 1] = result.states[k].mutable_data_ptr();
   const auto launch = [&](const Persistent& persistent) {
     return persistent_forward(p, persistent, call.stream);
   };
-  if (!launched(call, plan(call, Pass::forward, scope.tf32), launch)) {
+  if (call.unitwise()) {
+    unitwise_forward(p, call.stream);
+  } else if (!launched(call, plan(call, Pass::forward, scope.tf32), launch)) {
     h_n.copy_(call.states[0]);
-    Tensor c;
-    if (call.lstm) c = call.states[1].to(call.compute, /*non_blocking=*/false, /*copy=*/true);
-    forward_steps(call, p, h_n, c);
-    if (call.lstm) result.states[1].copy_(c);
+    std::vector<Tensor> states;
+    for (size_t k = 1; k < call.states.size(); k++)
+      states.push_back(call.states[k].to(call.compute, /*non_blocking=*/false, /*copy=*/true));
+    forward_steps(call, p, h_n, states);
+    for (size_t k = 1; k < call.states.size(); k++) result.states[k].copy_(states[k - 1]);
   }
+  for (Tensor& state : result.states) state = call.without_heads(state);
   return result;
 }
 
 // ---- backward -----------------------------------------------------------------------------------
 
 // What is known of a state's gradient at the end, [D, B, n] of dtype.
-Tensor final_gradient(const OptionalTensor& given, at::IntArrayRef shape,
+Tensor final_gradient(const Tensor& given, at::IntArrayRef shape,
                       const at::TensorOptions& options) {
-  return given ? given->to(options.dtype().toScalarType(), false, /*copy=*/true).contiguous()
-               : at::zeros(shape, options);
+  return given.defined()
+             ? given.to(options.dtype().toScalarType(), false, /*copy=*/true).contiguous()
+             : at::zeros(shape, options);
 }
 
-// dh [D, B, P] and dc [D, B, H] of compute: the final states' gradients in, the initial states'
-// out.
-void backward_steps(const Call& call, const BackwardParams& p, const Tensor& dh, const Tensor& dc) {
-  const int64_t B = call.B, H = call.H, P = call.P;
-  Tensor dpre_h = at::empty({B, call.G * H}, call.options);
-  Tensor dh_rec = at::empty({B, P}, call.options), dh_all, dm;
-  if (call.projected) {
-    dh_all = at::empty({B, P}, call.options);
-    dm = at::empty({B, H}, call.options);
+// dstates: dh [D, B, P] and [D, B, H] each, of compute: the final states' gradients in, the initial
+// states' out.
+void backward_steps(const Call& call, const BackwardParams& p, const std::vector<Tensor>& dstates) {
+  const int64_t D = call.D, B = call.B, H = call.H, P = call.P;
+  const auto room = [&](int64_t n) { return at::empty({D, B, n}, call.options); };
+  const at::TensorOptions computed = call.options.dtype(call.compute);
+  BackwardStep step{};
+  step.dh = dstates[0].mutable_data_ptr();
+  for (size_t k = 1; k < dstates.size(); k++) step.dstate[k - 1] = dstates[k].mutable_data_ptr();
+  Tensor dpre[3], results[3], carry, held, dh_all, dm;
+  Product products[3], unproject;
+  for (int i = 0; i < call.products(); i++) {
+    dpre[i] = room(call.gates_of(i) * H);
+    results[i] = room(i == 0 ? P : H);
+    (i == 0 ? step.dpre_h : step.dpre_mid[i - 1]) = dpre[i].mutable_data_ptr();
+    if (i > 0) step.dmid[i - 1] = results[i].const_data_ptr();
+    products[i] = Product(results[i], dpre[i], call.matrix(i));
   }
+  if (call.shape.mid > 0) {
+    carry = at::empty({D, B, H}, computed);
+    step.carry = carry.mutable_data_ptr();
+  }
+  if (const int values = held_values(call.shape); values > 0) {
+    held = at::empty({D, B, values, H}, computed);
+    step.held = held.mutable_data_ptr();
+  }
+  if (call.projected) {
+    dh_all = room(P), dm = room(H);
+    step.dm = dm.const_data_ptr();
+    unproject = Product(dm, dh_all, projections(call));
+  }
+  for (step.s = call.T - 1; step.s >= 0; step.s--) {
+    if (call.projected) {
+      step_gather(p, step, dh_all.mutable_data_ptr(), call.stream);
+      unproject();
+    }
+    step_backward(p, step, call.stream);
+    for (int i = 1; i < call.products(); i++) products[i]();
+    if (call.shape.mid > 0) step_begin_backward(p, step, call.stream);
+    products[0]();
+    step.dh_rec = results[0].const_data_ptr();
+  }
+  dstates[0].add_(call.scale.defined()
+                      ? at::mul(results[0].to(call.compute), call.scale.to(call.compute))
+                      : results[0]);
+}
+
+// The parameters' gradients, per direction as LayerArguments has the parameters.
+std::vector<std::vector<Tensor>> parameter_gradients(const Call& call, const BackwardParams& p,
+                                                     const Tensor& dpre, const Tensor& dh_rows,
+                                                     const Tensor (&mid_rows)[2]) {
+  std::vector<std::vector<Tensor>> found;
+  const Tensor x_clean = call.clean_x();
+  const CellShape& shape = call.shape;
+  const int64_t H = call.H, G = call.G;
+  const Tensor h_prev = at::empty({call.unitwise() ? 0 : call.N, call.P}, call.options);
   for (int64_t d = 0; d < call.D; d++) {
     const LayerCall::Direction& w = call.directions[size_t(d)];
-    const Tensor dh_d = dh.select(0, d);
-    BackwardStep step{};
-    step.d = d;
-    step.dm = call.projected ? dm.const_data_ptr() : nullptr;
-    step.dh = dh_d.mutable_data_ptr();
-    step.dc = dc.defined() ? dc.select(0, d).mutable_data_ptr() : nullptr;
-    step.dpre_h = dpre_h.mutable_data_ptr();
-    for (step.s = call.T - 1; step.s >= 0; step.s--) {
-      if (call.projected) {
-        step_gather(p, step, dh_all.mutable_data_ptr(), call.stream);
-        at::mm_out(dm, dh_all, w.w_hr);
-      }
-      step_backward(p, step, call.stream);
-      at::mm_out(dh_rec, dpre_h, w.w_hh);
-      step.dh_rec = dh_rec.const_data_ptr();
-    }
-    dh_d.add_(dh_rec);
-  }
-}
-
-// The parameters' gradients, as LayerArguments has the parameters.
-std::vector<Tensor> parameter_gradients(const Call& call, const BackwardParams& p,
-                                        const Tensor& dpre, const Tensor& dh_rows) {
-  std::vector<Tensor> dparams;
-  const Tensor x_clean = call.clean_x();
-  const int64_t H = call.H, G = call.G;
-  const Tensor h_prev = at::empty({call.N, call.P}, call.options);
-  for (int64_t d = 0; d < call.D; d++) {
     const Tensor dpre_d = dpre.select(0, d);
-    dparams.push_back(at::mm(dpre_d.narrow(1, 0, G * H).t(), x_clean));
+    std::vector<Tensor> dparams(call.each);
+    dparams[0] = at::mm(dpre_d.narrow(1, 0, G * H).t(), x_clean);
 
-    gather_previous(p, d, h_prev.mutable_data_ptr(), call.stream);
-    const Tensor dw_hh = at::empty({G * H, call.P}, call.options);
-    int64_t done = 0;
-    for (const Tensor& columns : call.hidden_columns(dpre_d)) {
-      Tensor part = dw_hh.narrow(0, done, columns.size(1));
-      at::mm_out(part, columns.t(), h_prev);
-      done += columns.size(1);
+    // W_hh's first gates, its others or an inner cell's matrices.
+    if (!call.unitwise()) {
+      gather_previous(p, d, h_prev.mutable_data_ptr(), call.stream);
+      dparams[1] = at::empty(w.w_hh.sizes(), call.options);
     }
-    dparams.push_back(dw_hh);
+    for (int i = 0; i < call.products(); i++) {
+      const bool inner = i > 0 && shape.mid == 2;
+      Tensor& whole = inner ? dparams[kCommonParams + size_t(i - 1)] : dparams[1];
+      if (inner) whole = at::empty({G * H, H}, call.options);
+      int64_t done = i > 0 && !inner ? shape.first_gates * H : 0;
+      const Tensor multiplied = i == 0 ? h_prev : mid_rows[i - 1].select(0, d);
+      for (const Tensor& columns : call.columns(dpre_d, call.planes_of(i))) {
+        Tensor part = whole.narrow(0, done, columns.size(1));
+        at::mm_out(part, columns.t(), multiplied);
+        done += columns.size(1);
+      }
+    }
 
-    if (call.has_bias) {
-      const Tensor db = at::sum(dpre_d, {0}, false, call.compute).to(dpre.scalar_type());
-      dparams.push_back(db.narrow(0, 0, G * H).clone());
-      dparams.push_back(at::cat(call.hidden_columns(db)));
-    } else {
-      dparams.resize(dparams.size() + 2);
+    const auto sums_of = [&](const Tensor& sums, const std::vector<Call::Planes>& planes) {
+      return at::cat(call.columns(sums, planes));
+    };
+    if (shape.sums > 0 || w.b_ih.defined() || w.b_hh.defined() || shape.mid == 2) {
+      const Tensor sums = at::sum(dpre_d, {0}, false, call.compute).to(dpre.scalar_type());
+      const auto give = [&](Tensor& dparam, const Tensor& param,
+                            const std::vector<Call::Planes>& planes) {
+        if (param.defined()) dparam = sums_of(sums, planes);
+      };
+      const int64_t own = shape.slots;
+      const auto give_own = [&](size_t i, const std::vector<Call::Planes>& planes) {
+        give(dparams[kCommonParams + i], w.own[i], planes);
+      };
+      if (shape.rows) {  // gains, what both biases share, an LSTM's state's
+        const bool gru = call.cell == CellKind::layer_norm_gru;
+        const std::vector<Call::Planes> shared{{own + 2 * G, G}};
+        give(dparams[2], w.b_ih, shared);
+        give_own(0, {{own, G}});
+        give_own(1, shared);
+        give_own(2, {{own + G, G}});
+        if (gru) {
+          give_own(3, {{own + 2 * G, 2}, {own + 3 * G, 1}});
+        } else {
+          give_own(3, shared);
+          give_own(4, {{own + 3 * G, 1}});
+          give_own(5, {{own + 3 * G + 1, 1}});
+        }
+      } else {
+        give(dparams[2], w.b_ih, {{0, G}});
+        give(dparams[3], w.b_hh, call.planes_of_hidden_bias());
+        if (call.unitwise()) {
+          give(dparams[1], w.w_hh, {{own, 1}});
+        } else if (shape.mid == 2) {
+          give_own(2, call.planes_of(1));
+          give_own(3, call.planes_of(2));
+        } else if (shape.own > 0) {
+          give_own(0, {{own, shape.sums}});
+        }
+      }
     }
     if (call.projected) {
       const Tensor m = at::empty({call.N, H}, call.options);
       gather_unprojected(p, d, m.mutable_data_ptr(), call.stream);
-      dparams.push_back(at::mm(dh_rows.select(0, d).t(), m));
-    } else {
-      dparams.emplace_back();
+      dparams[4] = at::mm(dh_rows.select(0, d).t(), m);
     }
+    found.push_back(dparams);
   }
-  return dparams;
+  return found;
+}
+
+// [N, I]
+Tensor input_gradient(const Call& call, const Tensor& dpre) {
+  const Tensor of_x = dpre.narrow(2, 0, call.G * call.H);  // [D, N, G*H]
+  Tensor dx;
+  for (int64_t way = 0; way < call.ways(); way++) {
+    Tensor gates = of_x.select(0, way), w_ih = call.directions[size_t(way)].w_ih;
+    if (call.heads > 1) {  // one product of all heads' gates, whose sum is rounded once
+      const int64_t first = way * call.heads;
+      std::vector<Tensor> of_heads;
+      for (int64_t n = 0; n < call.heads; n++)
+        of_heads.push_back(call.directions[size_t(first + n)].w_ih);
+      w_ih = at::cat(of_heads);
+      gates = of_x.narrow(0, first, call.heads).transpose(0, 1).reshape({call.N, w_ih.size(0)});
+    }
+    if (way == 0)
+      dx = at::mm(gates, w_ih);
+    else
+      dx.addmm_(gates, w_ih);
+  }
+  return dx;
 }
 
 BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& back) {
   const Scope scope(a.x);
   const Call call(a);
   call.check_backward(back);
-  const bool lstm = call.lstm;
-  const OptionalTensor &dh_n = back.dstates[0], none, &dc_n = lstm ? back.dstates[1] : none;
-  const std::vector<int64_t> h_shape{call.D, call.B, call.P}, c_shape{call.D, call.B, call.H};
   BackwardResult result;
   result.dx = at::empty({0}, call.options);
+  std::vector<Tensor> dfinals;  // undefined: zero
+  for (const OptionalTensor& given : back.dstates)
+    dfinals.push_back(given ? ready(call.with_heads(*given)) : Tensor());
+  const auto final_gradients = [&](const at::TensorOptions& options) {
+    std::vector<Tensor> gradients;
+    for (size_t k = 0; k < dfinals.size(); k++)
+      gradients.push_back(final_gradient(dfinals[k], call.states[k].sizes(), options));
+    return gradients;
+  };
   if (call.nothing()) {
     if (back.need_dx) result.dx = at::zeros(a.x.sizes(), call.options);
-    result.dstates.push_back(final_gradient(dh_n, h_shape, call.options));
-    if (lstm) result.dstates.push_back(final_gradient(dc_n, c_shape, call.options));
+    for (const Tensor& gradient : final_gradients(call.options))
+      result.dstates.push_back(call.without_heads(gradient));
     if (back.need_dparams)
       for (const Tensor& param : a.params)
         result.dparams.push_back(param.defined() ? at::zeros(param.sizes(), call.options)
@@ -433,50 +685,58 @@ BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& 
   Tensor dy_ready;
   if (back.dy) dy_ready = ready(*back.dy);
   p.dy = data_or_null(dy_ready);
-  const Tensor dpre = call.new_rows({call.D, call.N, call.slots * call.H});
+  const Tensor dpre = call.new_rows({call.D, call.N, call.planes * call.H});
   p.dpre = dpre.mutable_data_ptr();
-  Tensor dh_rows;
+  Tensor dh_rows, mid_rows[2];
   if (call.projected) {
     dh_rows = call.new_rows({call.D, call.N, call.P});
     p.dh_rows = dh_rows.mutable_data_ptr();
   }
+  for (int i = 0; i < call.shape.mid; i++) {
+    mid_rows[i] = call.new_rows({call.D, call.N, call.H});
+    p.mid_rows[i] = mid_rows[i].mutable_data_ptr();
+  }
 
-  Tensor dh_ready, dc_ready;
-  if (dh_n) dh_ready = ready(*dh_n);
-  if (dc_n) dc_ready = ready(*dc_n);
-  p.dh_n = data_or_null(dh_ready);
-  p.dc_n = data_or_null(dc_ready);
   for (const Tensor& state : call.states)
     result.dstates.push_back(at::empty(state.sizes(), call.options));
+  p.dh_n = data_or_null(dfinals[0]);
   p.dh0 = result.dstates[0].mutable_data_ptr();
-  if (lstm) p.dc0 = result.dstates[1].mutable_data_ptr();
+  for (size_t k = 1; k < dfinals.size(); k++) {
+    p.dstate_n[k - 1] = data_or_null(dfinals[k]);
+    p.dstate0[k - 1] = result.dstates[k].mutable_data_ptr();
+  }
   const auto launch = [&](const Persistent& persistent) {
     return persistent_backward(p, persistent, call.stream);
   };
-  if (!launched(call, plan(call, Pass::backward, scope.tf32), launch)) {
-    const at::TensorOptions states = call.options.dtype(call.compute);
-    const Tensor dh = final_gradient(dh_n, h_shape, states);
-    Tensor dc;
-    if (lstm) dc = final_gradient(dc_n, c_shape, states);
-    backward_steps(call, p, dh, dc);
-    result.dstates[0].copy_(dh);
-    if (lstm) result.dstates[1].copy_(dc);
+  if (call.unitwise()) {
+    unitwise_backward(p, call.stream);
+  } else if (!launched(call, plan(call, Pass::backward, scope.tf32), launch)) {
+    const std::vector<Tensor> dstates = final_gradients(call.options.dtype(call.compute));
+    backward_steps(call, p, dstates);
+    for (size_t k = 0; k < dstates.size(); k++) result.dstates[k].copy_(dstates[k]);
   }
+  for (Tensor& dstate : result.dstates) dstate = call.without_heads(dstate);
 
-  if (back.need_dx) {
-    const auto dpre_x = [&](int64_t d) { return dpre.select(0, d).narrow(1, 0, call.G * call.H); };
-    result.dx = at::mm(dpre_x(0), call.directions[0].w_ih);
-    if (call.D == 2) result.dx.addmm_(dpre_x(1), call.directions[1].w_ih);
-    result.dx = result.dx.view(a.x.sizes());
+  if (back.need_dx) result.dx = input_gradient(call, dpre).view(a.x.sizes());
+  if (back.need_dparams) {
+    const auto of_directions = parameter_gradients(call, p, dpre, dh_rows, mid_rows);
+    if (call.cell == CellKind::slstm) {
+      result.dparams = a.params;
+      call.join_heads(result.dparams, of_directions);
+    } else {
+      for (const std::vector<Tensor>& dparams : of_directions)
+        result.dparams.insert(result.dparams.end(), dparams.begin(), dparams.end());
+    }
   }
-  if (back.need_dparams) result.dparams = parameter_gradients(call, p, dpre, dh_rows);
   return result;
 }
 
 }  // namespace
 
 void implement_layers(torch::Library& library) {
-  LayerOperators<layer_forward, layer_backward>::implement(library);
+  using Operators = LayerOperators<layer_forward, layer_backward>;
+  Operators::implement(library);
+  Operators::implement_recurrent(library);
 }
 
 void force_tier(const char* name) {

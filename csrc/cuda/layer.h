@@ -5,7 +5,7 @@
 
 namespace seqkern::cuda {
 
-// Registers the six operators of operators.h; in a build without CUDA, none.
+// Registers the operators of operators.h; in a build without CUDA, none.
 void implement_layers(torch::Library& library);
 
 // For tests and benchmarks, in all threads: the tier that layers take from now on ("step", "block",

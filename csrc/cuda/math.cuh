@@ -56,15 +56,26 @@ struct Math {
     else
       return ::tanh(x);
   }
+  // x <= 0
+  static __device__ __forceinline__ V exp_of_negative(V x) {
+    if constexpr (kFast)
+      return fast_exp(x);
+    else
+      return exp(x);
+  }
+  static __device__ __forceinline__ V log_sigmoid(V x) {
+    return (x < 0 ? x : V(0)) - log1p(exp_of_negative(x < 0 ? x : -x));
+  }
 };
 
 // The gates have one slot each but for a GRU's n and n'. cell.h's slots are n r z n'; in memory
-// they lie in PyTorch's order, r z n n'.
+// they lie in PyTorch's order, r z n n'. What follows them is an inner cell's, in the same order.
 template <class Cell>
 __host__ __device__ constexpr int stored_slot(int slot) {
+  const int first = slot / Cell::kSlots * Cell::kSlots, at = slot - first;
   return Cell::kSlots == Cell::kGates ? slot
-         : slot == Cell::kSlots - 1   ? slot
-                                      : (slot + Cell::kGates - 1) % Cell::kGates;
+         : at == Cell::kSlots - 1     ? slot
+                                      : first + (at + Cell::kGates - 1) % Cell::kGates;
 }
 
 // Steps of batch row b.

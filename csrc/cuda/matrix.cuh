@@ -85,9 +85,9 @@ struct Matrix {
 
   __device__ int columns() const { return cut.batch / kColumn; }
 
-  __device__ uint4 fragment(int64_t d, int chunk, int m, int j) const {
-    const int64_t row = m * leg.Hp + tile * kTile + place.lane / 4;
-    const S* const at = static_cast<const S*>(leg.matrix[d]) + row * leg.Kp;
+  __device__ uint4 fragment(int64_t way, int64_t head, int chunk, int m, int j) const {
+    const int64_t row = (head * kM + m) * leg.Hp + tile * kTile + place.lane / 4;
+    const S* const at = static_cast<const S*>(leg.matrix[way]) + row * leg.Kp;
     const S* const at8 = at + 8 * leg.Kp;
     const int first = ((chunk0 + chunk) * 4 + place.lane % 4) * 4 + 2 * j;
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(at) + first;
@@ -106,8 +106,8 @@ struct Matrix {
     return reinterpret_cast<uint4*>(in_shared) + at * 32 + place.lane;
   }
 
-  // Takes direction d's.
-  __device__ void load(int64_t d) {
+  // Takes a direction's.
+  __device__ void load(int64_t way, int64_t head) {
     if (tile < 0) return;
 #pragma unroll
     for (int c = 0; c < kRegisterChunks; c++)
@@ -115,12 +115,12 @@ struct Matrix {
       for (int m = 0; m < kM; m++)
 #pragma unroll
         for (int j = 0; j < 2; j++)
-          w[c][m][j] = c < chunks ? fragment(d, c, m, j) : uint4{0, 0, 0, 0};
+          w[c][m][j] = c < chunks ? fragment(way, head, c, m, j) : uint4{0, 0, 0, 0};
     for (int c = kRegisterChunks; c < chunks; c++)
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) *shared_fragment(c, m, j) = fragment(d, c, m, j);
+        for (int j = 0; j < 2; j++) *shared_fragment(c, m, j) = fragment(way, head, c, m, j);
   }
 
   template <bool kGrid>

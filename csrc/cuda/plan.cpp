@@ -27,7 +27,7 @@ constexpr const char* kNames[] = {"step", "block", "cluster", "grid"};
 int element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::f64 ? 8 : 2; }
 
 // Is float32 multiplied as three TF32 products?
-bool three(const PlanRequest& r) { return r.dtype == Dtype::f32 && !r.tf32; }
+bool three(const PlanRequest& r) { return r.dtype == Dtype::f32 && !one_tf32(r); }
 
 std::string format(const char* text, ...) {
   char buffer[512];
@@ -40,6 +40,11 @@ std::string format(const char* text, ...) {
 
 // Why no persistent kernel can run it, or "".
 std::string no_persistent(const PlanRequest& r, const Facts& facts) {
+  const CellShape& shape = cell_shape(r.cell);
+  if (shape.mid > 0) return format("%s has a second product", shape.name);
+  if (shape.rows) return format("%s normalises rows", shape.name);
+  if (shape.hidden_gates == 0) return format("%s has no product", shape.name);
+  if (r.projected && r.regularised) return "a projection's kernels do not regularise";
   if (r.dtype == Dtype::f64) return "float64 has no matrix instruction here";
   if (facts.capability < 80)
     return format("sm_%d has no such matrix instructions", facts.capability);

@@ -29,6 +29,12 @@ struct Facts {
   int max_cluster;   // blocks of the largest cluster; 1: none
 };
 
+// torch.nn's cells, whose kernels are compiled with and without regularisers.
+constexpr bool is_torchs(CellKind cell) {
+  return cell == CellKind::lstm || cell == CellKind::gru || cell == CellKind::rnn_tanh ||
+         cell == CellKind::rnn_relu;
+}
+
 struct PlanRequest {
   CellKind cell;
   Dtype dtype;
@@ -36,7 +42,13 @@ struct PlanRequest {
   bool tf32;  // float32: TF32 is allowed
   int64_t T, B, H, P, D;
   bool projected;
+  bool regularised;  // anything of params.h's Regularisers
 };
+
+// Is float32 multiplied as one TF32 product? Kernels that regularise always make three.
+constexpr bool one_tf32(const PlanRequest& r) {
+  return r.tf32 && is_torchs(r.cell) && !r.regularised;
+}
 
 struct Plan {
   Tier tier = Tier::step;

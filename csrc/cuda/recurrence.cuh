@@ -18,8 +18,9 @@
 //   warp    of a matrix: one tile and one part ("split") of the sum over k, in registers as A
 //           operands of mma.m16n8, the chunks that registers cannot hold in shared memory in the
 //           same layout
-//   lane    of the gates: up to kItems (row, unit) pairs, their c, h or dh, dc in registers over
-//           all steps. The pairs of a warp are *granules*: 16 units of a tile for 2 rows.
+//   lane    of the gates: up to kItems (row, unit) pairs, their states or those's gradients in
+//           registers over all steps. The pairs of a warp are *granules*: 16 units of a tile for 2
+//           rows.
 //
 // Sums are in a fixed order: the same inputs give the same bits.
 #pragma once
@@ -94,24 +95,86 @@ struct RnnCell : RnnTanhCell<Math> {
   using Relu = RnnReluCell<Math>;
 };
 
+// A cell whose kernel regularises (params.h).
 template <class Cell>
-__device__ __forceinline__ float gates(CellKind kind, const float* pre, float h_prev, float& c,
-                                       float* saved) {
-  if constexpr (Cell::kSaved == 0)
-    if (kind == CellKind::rnn_relu)
-      return Cell::Relu::forward(pre, h_prev, &c, nullptr, Unregularised{}, saved);
-  return Cell::forward(pre, h_prev, &c, nullptr, Unregularised{}, saved);
+struct Regular : Cell {};
+template <class Cell>
+constexpr bool kIsRegular = false;
+template <class Cell>
+constexpr bool kIsRegular<Regular<Cell>> = true;
+
+// Only an sLSTM has heads: kernels.h's LayerParams.
+template <class Cell>
+constexpr bool kHasHeads = Cell::kStates == 4;
+
+template <int n>
+constexpr int kAtLeastOne = n > 0 ? n : 1;
+
+// Values per unit that are kept for backward; without params.h's Regularisers::on the cell's alone.
+template <class Cell>
+constexpr int kKeptValues =
+    Cell::kSaved + (kIsRegular<Cell> ? Cell::kStates - 1 + int(Cell::kNeedsH) : 0);
+
+// Which way direction d goes through time, and where its part of what all of that way have begins.
+template <class Cell>
+__device__ __forceinline__ int64_t way_of(const LayerParams& p, int64_t d) {
+  return kHasHeads<Cell> ? int64_t(d >= p.heads) : d;
+}
+template <class Cell>
+__device__ __forceinline__ int64_t head_of(const LayerParams& p, int64_t d) {
+  return kHasHeads<Cell> ? (d >= p.heads ? d - p.heads : d) : 0;
 }
 
+// Of one pair and step; `bits`: the mask's.
 template <class Cell>
-__device__ __forceinline__ float gate_gradients(CellKind kind, float dh, float& dc,
-                                                const float* saved, float h, float h_prev,
-                                                float c_prev, float* dpre) {
+struct KeptOf {
+  float h = 0, c = 0;  // how much of the states before is kept
+  Regularised<float> within;
+  __device__ __forceinline__ KeptOf(const Regularisers& r, int bits)
+      : within{1.0f, float(r.cell_clip)} {
+    if (r.mask == nullptr) {
+      h = float(r.keep_h), c = float(r.keep_c);
+    } else {
+      h = float(bits & 1), c = float(bits >> 1 & 1);
+      within.factor = bits & 4 ? 0.0f : float(r.candidate_scale);
+    }
+  }
+};
+
+template <class Cell, class Within>
+__device__ __forceinline__ float gates(CellKind kind, const float* pre, float h_prev, float* state,
+                                       const float* own, const Within& within, float* saved) {
   if constexpr (Cell::kSaved == 0)
     if (kind == CellKind::rnn_relu)
-      return Cell::Relu::backward(dh, &dc, saved, h, h_prev, &c_prev, nullptr, Unregularised{},
-                                  dpre);
-  return Cell::backward(dh, &dc, saved, h, h_prev, &c_prev, nullptr, Unregularised{}, dpre);
+      return Cell::Relu::forward(pre, h_prev, state, own, within, saved);
+  return Cell::forward(pre, h_prev, state, own, within, saved);
+}
+
+template <class Cell, class Within>
+__device__ __forceinline__ float gate_gradients(CellKind kind, float dh, float* dstate,
+                                                const float* saved, float h, float h_prev,
+                                                const float* prev, const float* own,
+                                                const Within& within, float* dpre) {
+  if constexpr (Cell::kSaved == 0)
+    if (kind == CellKind::rnn_relu)
+      return Cell::Relu::backward(dh, dstate, saved, h, h_prev, prev, own, within, dpre);
+  return Cell::backward(dh, dstate, saved, h, h_prev, prev, own, within, dpre);
+}
+
+// A unit's own parameters, in registers over all steps.
+template <class Cell, class S>
+__device__ __forceinline__ void load_own(const LayerParams& p, int64_t d, int u,
+                                         float (&own)[kAtLeastOne<Cell::kOwn>]) {
+#pragma unroll
+  for (int k = 0; k < Cell::kOwn; k++)
+    own[k] = widen(static_cast<const S*>(p.own[d][0])[k * p.H + u]);
+}
+
+// By how much h is multiplied before it enters the product.
+template <class S>
+__device__ __forceinline__ float entering(const LayerParams& p, int64_t i) {
+  const S* const scale = static_cast<const S*>(p.regularisers.scale);
+  return scale == nullptr ? 1.0f : widen(scale[i]);
 }
 
 // Stands for what a layer without a projection has no need of.
@@ -129,7 +192,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Cut cut,
                    const __grid_constant__ SharedLayout at) {
   constexpr int G = Cell::kGates, kSlots = Cell::kSlots, kSaved = Cell::kSaved;
+  constexpr int kStates = Cell::kStates - 1, kKept = kKeptValues<Cell>;
   constexpr int kLegs = kProjected ? 2 : 1;
+  constexpr bool kRegular = kIsRegular<Cell>;
+  static_assert(!kRegular || !kProjected);
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
   Vector<S, kProduct, 1, kGrid> hidden(cut, 0, place, shared, at);
@@ -142,17 +208,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int units = cut.leg[0].tiles * kTile;
   const int64_t B = p.rows.B, N = p.rows.N;
   const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
+  const int kept_values = kRegular ? p.saved : kKept;
 
   int64_t loaded = -1;
   for (int index = place.group; index < int(D) * cut.slices; index += cut.groups) {
     const Job job = job_of(cut, p.rows, index);
-    const int64_t d = job.d;
+    const int64_t d = job.d, way = way_of<Cell>(p, d), head = head_of<Cell>(p, d);
     if (d != loaded) {
       loaded = d;
-      w_hh.load(d);
-      if constexpr (kProjected) w_hr.load(d);
-      const S* const b_ih = static_cast<const S*>(p.b_ih[d]);
-      const S* const b_hh = static_cast<const S*>(p.b_hh[d]);
+      w_hh.load(way, head);
+      if constexpr (kProjected) w_hr.load(way, head);
+      const S* b_ih = static_cast<const S*>(p.b_ih[way]);
+      const S* b_hh = static_cast<const S*>(p.b_hh[way]);
+      if (kHasHeads<Cell> && b_ih != nullptr) b_ih += head * G * H;
+      if (kHasHeads<Cell> && b_hh != nullptr) b_hh += head * G * H;
       __syncthreads();
       for (int i = threadIdx.x; i < kSlots * units; i += kThreads) {
         const int slot = i % kSlots;
@@ -178,7 +247,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       else
         return gate_item(i, item);
     };
-    float h[kItems] = {}, c[kItems] = {};
+    float h[kItems] = {}, state[kItems][kAtLeastOne<kStates>] = {};
+    float own[kItems][kAtLeastOne<Cell::kOwn>], scale[kRegular ? kItems : 1];
     int length[kItems] = {},
         h_length_[kProjected ? kItems : 1] = {};  // 0 also where nothing is there
     int h_route[kItems] = {}, m_route[kProjected ? kItems : 1] = {};
@@ -191,8 +261,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (gated) m_route[i] = unprojected.route(item.tile, item.n);
       if (gated && item.there) {
         length[i] = int(length_of(p.rows, item.b));
-        if constexpr (kHasC<Cell>)
-          c[i] = widen(static_cast<const S*>(p.c0)[(d * B + item.b) * H + item.u]);
+#pragma unroll
+        for (int k = 0; k < kStates; k++)
+          state[i][k] = widen(static_cast<const S*>(p.state0[k])[(d * B + item.b) * H + item.u]);
+        load_own<Cell, S>(p, d, item.u, own[i]);
+        if constexpr (kRegular) scale[i] = entering<S>(p, (d * B + item.b) * H + item.u);
       }
       if (!h_item(i, item)) continue;
       if (item.there) {
@@ -200,20 +273,27 @@ __global__ void __launch_bounds__(kThreads, 1)
         h[i] = widen(static_cast<const S*>(p.h0)[(d * B + item.b) * P + item.u]);
       }
       h_route[i] = hidden.route(item.tile, item.n);
-      if (job.steps > 0) hidden.send(h_route[i], item.tile, {h[i]});
+      float first = h[i];
+      if constexpr (kRegular)
+        if (item.there) first *= scale[i];
+      if (job.steps > 0) hidden.send(h_route[i], item.tile, {first});
     }
     if (job.steps > 0) hidden.publish();
 
-    S x[kItems][G], given[kItems] = {}, saved_[kItems][kSaved + 1];
+    S x[kItems][G], given[kItems] = {}, saved_[kItems][kKept + 1];
+    int bits[kRegular ? kItems : 1] = {};
     int row[kItems] = {};  // of the step before
     const S* const gx = static_cast<const S*>(p.gx) + d * N * G * H;
     S* const y = static_cast<S*>(p.y) + d * P;
     S* const reserve =
-        p.reserve == nullptr ? nullptr : static_cast<S*>(p.reserve) + d * kSaved * Hp;
+        p.reserve == nullptr ? nullptr : static_cast<S*>(p.reserve) + d * kept_values * Hp;
     const auto load = [&](int s, int i) {
       Item item;
       gate_item(i, item);
-      row[i] = row_at(p.rows, time_of(d, s, length[i]), item.b);
+      row[i] = row_at(p.rows, time_of(way, s, length[i]), item.b);
+      if constexpr (kRegular)
+        if (p.regularisers.mask != nullptr)
+          bits[i] = p.regularisers.mask[(int64_t(row[i]) * D + d) * H + item.u];
       const S* const from = gx + int64_t(row[i]) * (G * H) + item.u;
 #pragma unroll
       for (int g = 0; g < G; g++) x[i][g] = from[g * H];
@@ -223,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kProjected) {
         if (s < h_length(i)) {
           h_item(i, item);
-          const int h_at = row_at(p.rows, time_of(d, s, h_length(i)), item.b);
+          const int h_at = row_at(p.rows, time_of(way, s, h_length(i)), item.b);
           y[int64_t(h_at) * (D * P) + item.u] = narrow<S>(h[i]);
         }
       }
@@ -231,9 +311,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       gate_item(i, item);
       if constexpr (!kProjected) y[int64_t(at) * (D * H) + item.u] = given[i];
       if (reserve != nullptr) {
-        S* const to = reserve + int64_t(at) * (D * kSaved * Hp) + item.u;
+        S* const to = reserve + int64_t(at) * (D * kept_values * Hp) + item.u;
 #pragma unroll
-        for (int k = 0; k < kSaved; k++) to[k * Hp] = saved_[i][k];
+        for (int k = 0; k < kKept; k++)
+          if (k < kSaved || p.regularisers.on) to[k * Hp] = saved_[i][k];
       }
     };
 
@@ -274,11 +355,29 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (slot < G) pre[slot] += widen(x[i][stored_slot<Cell>(slot)]);
             if (slot >= kSlots - G) pre[slot] += w_hh_h[slot - (kSlots - G)];
           }
-          value = gates<Cell>(p.cell, pre, h[i], c[i], saved);
+          if constexpr (kRegular) {
+            const KeptOf<Cell> kept(p.regularisers, bits[i]);
+            float made[kAtLeastOne<kStates>];
+#pragma unroll
+            for (int k = 0; k < kStates; k++) made[k] = state[i][k];
+            value = gates<Cell>(p.cell, pre, h[i], made, own[i], kept.within, saved);
+            if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(value);
+            value = kept.h * h[i] + (1 - kept.h) * value;
+#pragma unroll
+            for (int k = 0; k < kStates; k++) {
+              state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
+              saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
+            }
+          } else {
+            value = gates<Cell>(p.cell, pre, h[i], state[i], own[i], Unregularised{}, saved);
+          }
           if constexpr (!kProjected) h[i] = value;
 #pragma unroll
           for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
           given[i] = narrow<S>(value);
+          if constexpr (kRegular) value *= scale[i];
+        } else if constexpr (kRegular) {
+          if (item.there) value *= scale[i];
         }
         if constexpr (kProjected)
           unprojected.send(m_route[i], item.tile, {s < length[i] ? value : 0.0f});
@@ -304,9 +403,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       Item item;
       if (h_item(i, item) && item.there)
         static_cast<S*>(p.h_n)[(d * B + item.b) * P + item.u] = narrow<S>(h[i]);
-      if constexpr (kHasC<Cell>)
+      if constexpr (kStates > 0)
         if (gate_item(i, item) && item.there)
-          static_cast<S*>(p.c_n)[(d * B + item.b) * H + item.u] = narrow<S>(c[i]);
+#pragma unroll
+          for (int k = 0; k < kStates; k++)
+            static_cast<S*>(p.state_n[k])[(d * B + item.b) * H + item.u] = narrow<S>(state[i][k]);
     }
   }
 }
@@ -318,7 +419,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Cut cut,
                     const __grid_constant__ SharedLayout at) {
   constexpr int G = Cell::kGates, kSlots = Cell::kSlots, kSaved = Cell::kSaved;
+  constexpr int kStates = Cell::kStates - 1, kKept = kKeptValues<Cell>;
+  constexpr int kPlanes = kSlots + Cell::kOwn;
   constexpr int kLegs = kProjected ? 2 : 1;
+  constexpr bool kRegular = kIsRegular<Cell>;
   constexpr bool kNeedsH = Cell::kNeedsH, kNeedsHPrev = Cell::kNeedsHPrev;
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
@@ -331,14 +435,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kProjected) dh_all.watch(w_hr.chunk0, w_hr.chunks);
   const int64_t B = p.rows.B, N = p.rows.N;
   const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
+  const int kept_values = kRegular ? p.saved : kKept;
 
   int64_t loaded = -1;
   for (int index = place.group; index < int(D) * cut.slices; index += cut.groups) {
     const Job job = job_of(cut, p.rows, index);
-    const int64_t d = job.d;
+    const int64_t d = job.d, way = way_of<Cell>(p, d), head = head_of<Cell>(p, d);
     if (d != loaded) {
-      w_hh.load(d);
-      if constexpr (kProjected) w_hr.load(d);
+      w_hh.load(way, head);
+      if constexpr (kProjected) w_hr.load(way, head);
     }
     loaded = d;
 
@@ -351,7 +456,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       else
         return h_item(i, item);
     };
-    float dh[kItems] = {}, dc[kItems] = {};  // what reaches h and c of the step before past W_hh
+    // What reaches h and the other states of the step before past W_hh.
+    float dh[kItems] = {}, dstate[kItems][kAtLeastOne<kStates>] = {};
+    float own[kItems][kAtLeastOne<Cell::kOwn>], scale[kRegular ? kItems : 1];
     int length[kItems] = {}, h_length_[kProjected ? kItems : 1] = {};
     int dpre_route[kItems] = {}, dh_route[kProjected ? kItems : 1] = {};
     const auto h_length = [&](int i) { return kProjected ? h_length_[i] : length[i]; };
@@ -369,48 +476,66 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!gate_item(i, item)) continue;
       if (item.there) {
         length[i] = int(length_of(p.rows, item.b));
-        if (kHasC<Cell> && p.dc_n != nullptr)
-          dc[i] = widen(static_cast<const S*>(p.dc_n)[(d * B + item.b) * H + item.u]);
+#pragma unroll
+        for (int k = 0; k < kStates; k++)
+          if (p.dstate_n[k] != nullptr)
+            dstate[i][k] =
+                widen(static_cast<const S*>(p.dstate_n[k])[(d * B + item.b) * H + item.u]);
+        load_own<Cell, S>(p, d, item.u, own[i]);
+        if constexpr (kRegular) scale[i] = entering<S>(p, (d * B + item.b) * H + item.u);
       }
       dpre_route[i] = dpre_h.route(item.tile, item.n);
       if (job.steps > 0) dpre_h.send(dpre_route[i], item.tile, {});
     }
     if (job.steps > 0) dpre_h.publish();
 
-    S dy[kItems], saved_[kItems][kSaved + 1], now[kItems], before[kItems];
-    S all_[kProjected ? kItems : 1] = {}, dpre_[kItems][kSlots];
+    // before: h, or the other states; no cell asks for both.
+    static_assert(!kNeedsHPrev || kStates == 0);
+    S dy[kItems], saved_[kItems][kSaved + 1], now[kItems], before[kItems][kAtLeastOne<kStates>];
+    S all_[kProjected ? kItems : 1] = {}, dpre_[kItems][kPlanes];
+    int bits[kRegular ? kItems : 1] = {};
     int row[kItems] = {};  // of the step before this one in time, which is s + 1
     const S* const dy_rows = p.dy == nullptr ? nullptr : static_cast<const S*>(p.dy) + d * P;
     const S* const y = static_cast<const S*>(p.y) + d * P;
     [[maybe_unused]] const S* const reserve =
-        kSaved == 0 ? nullptr : static_cast<const S*>(p.reserve) + d * kSaved * Hp;
-    S* const dpre_rows = static_cast<S*>(p.dpre) + d * N * kSlots * H;
+        kKept == 0 ? nullptr : static_cast<const S*>(p.reserve) + d * kept_values * Hp;
+    S* const dpre_rows = static_cast<S*>(p.dpre) + d * N * kPlanes * H;
     const auto load = [&](int s, int i) {
       Item item;
       if constexpr (kProjected) {
         if (s < h_length(i) && p.dy != nullptr) {
           h_item(i, item);
-          const int64_t from = row_at(p.rows, time_of(d, s, h_length(i)), item.b);
+          const int64_t from = row_at(p.rows, time_of(way, s, h_length(i)), item.b);
           dy[i] = dy_rows[from * (D * P) + item.u];
         }
       }
       if (s >= length[i]) return;
       gate_item(i, item);
-      row[i] = row_at(p.rows, time_of(d, s, length[i]), item.b);
+      row[i] = row_at(p.rows, time_of(way, s, length[i]), item.b);
       const int64_t from = row[i];
+      if constexpr (kRegular)
+        if (p.regularisers.mask != nullptr)
+          bits[i] = p.regularisers.mask[(from * D + d) * H + item.u];
       if (!kProjected && p.dy != nullptr) dy[i] = dy_rows[from * (D * H) + item.u];
-      if constexpr (kNeedsH) now[i] = y[from * (D * H) + item.u];
-      const S* const saved_from = reserve + from * (D * kSaved * Hp) + item.u;
+      const S* const saved_from = reserve + from * (D * kept_values * Hp) + item.u;
+      if constexpr (kNeedsH)
+        now[i] =
+            kRegular && p.regularisers.on ? saved_from[kSaved * Hp] : y[from * (D * H) + item.u];
 #pragma unroll
       for (int k = 0; k < kSaved; k++) saved_[i][k] = saved_from[k * Hp];
       if (s > 0) {
-        const int64_t previous = row_at(p.rows, time_of(d, s - 1, length[i]), item.b);
-        if constexpr (kNeedsHPrev) before[i] = y[previous * (D * H) + item.u];
-        if constexpr (kHasC<Cell>)
-          before[i] = reserve[previous * (D * kSaved * Hp) + (kSaved - 1) * Hp + item.u];
-      } else if (kNeedsHPrev || kHasC<Cell>) {
-        const void* const state = kHasC<Cell> ? p.c0 : p.h0;
-        before[i] = static_cast<const S*>(state)[(d * B + item.b) * H + item.u];
+        const int64_t previous = row_at(p.rows, time_of(way, s - 1, length[i]), item.b);
+        if constexpr (kNeedsHPrev) before[i][0] = y[previous * (D * H) + item.u];
+#pragma unroll
+        for (int k = 0; k < kStates; k++)
+          before[i][k] = reserve[previous * (D * kept_values * Hp) +
+                                 (kept_values - kStates + k) * Hp + item.u];
+      } else if constexpr (kNeedsHPrev) {
+        before[i][0] = static_cast<const S*>(p.h0)[(d * B + item.b) * H + item.u];
+      } else {
+#pragma unroll
+        for (int k = 0; k < kStates; k++)
+          before[i][k] = static_cast<const S*>(p.state0[k])[(d * B + item.b) * H + item.u];
       }
     };
     const auto store = [&](int s, int i, int at) {
@@ -418,15 +543,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kProjected) {
         if (s < h_length(i)) {
           h_item(i, item);
-          const int64_t h_at = row_at(p.rows, time_of(d, s, h_length(i)), item.b);
+          const int64_t h_at = row_at(p.rows, time_of(way, s, h_length(i)), item.b);
           static_cast<S*>(p.dh_rows)[(d * N + h_at) * P + item.u] = all_[i];
         }
       }
       if (s >= length[i]) return;
       gate_item(i, item);
-      S* const to = dpre_rows + int64_t(at) * (kSlots * H) + item.u;
+      S* const to = dpre_rows + int64_t(at) * (kPlanes * H) + item.u;
 #pragma unroll
-      for (int slot = 0; slot < kSlots; slot++) to[stored_slot<Cell>(slot) * H] = dpre_[i][slot];
+      for (int slot = 0; slot < kPlanes; slot++) to[stored_slot<Cell>(slot) * H] = dpre_[i][slot];
     };
 
     for (int s = job.steps - 1;; s--) {
@@ -469,21 +594,39 @@ __global__ void __launch_bounds__(kThreads, 1)
           if constexpr (kProjected) {
             all = sum_of(w_hr, item);
           } else {
-            all = dh[i] + sum_of(w_hh, item);
+            if constexpr (kRegular)
+              all = dh[i] + sum_of(w_hh, item) * scale[i];
+            else
+              all = dh[i] + sum_of(w_hh, item);
             if (p.dy != nullptr) all += widen(dy[i]);
           }
-          float saved[kSaved + 1], dpre[kSlots];
+          float saved[kSaved + 1], dpre[kPlanes], prev[kAtLeastOne<kStates>];
 #pragma unroll
           for (int k = 0; k < kSaved; k++) saved[k] = widen(saved_[i][k]);
-          const float previous = kNeedsHPrev || kHasC<Cell> ? widen(before[i]) : 0.0f;
-          const float past = gate_gradients<Cell>(
-              p.cell, all, dc[i], saved, kNeedsH ? widen(now[i]) : 0.0f,
-              kNeedsHPrev ? previous : 0.0f, kHasC<Cell> ? previous : 0.0f, dpre);
+#pragma unroll
+          for (int k = 0; k < kStates; k++) prev[k] = widen(before[i][k]);
+          const float h_now = kNeedsH ? widen(now[i]) : 0.0f;
+          const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
+          float past;
+          if constexpr (kRegular) {
+            const KeptOf<Cell> kept(p.regularisers, bits[i]);
+            float made[kAtLeastOne<kStates>];
+#pragma unroll
+            for (int k = 0; k < kStates; k++) made[k] = (1 - kept.c) * dstate[i][k];
+            past = gate_gradients<Cell>(p.cell, (1 - kept.h) * all, made, saved, h_now, h_prev,
+                                        prev, own[i], kept.within, dpre);
+            past += kept.h * all;
+#pragma unroll
+            for (int k = 0; k < kStates; k++) dstate[i][k] = made[k] + kept.c * dstate[i][k];
+          } else {
+            past = gate_gradients<Cell>(p.cell, all, dstate[i], saved, h_now, h_prev, prev, own[i],
+                                        Unregularised{}, dpre);
+          }
           if constexpr (!kProjected) dh[i] = past;
 #pragma unroll
-          for (int slot = 0; slot < kSlots; slot++) {
+          for (int slot = 0; slot < kPlanes; slot++) {
             dpre_[i][slot] = narrow<S>(dpre[slot]);
-            if (slot >= kSlots - G) from_h[slot - (kSlots - G)] = dpre[slot];
+            if (slot >= kSlots - G && slot < kSlots) from_h[slot - (kSlots - G)] = dpre[slot];
           }
         }
         dpre_h.send(dpre_route[i], item.tile, from_h);
@@ -496,12 +639,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kItems; i++) {
       Item item;
       if (h_item(i, item) && item.there) {
-        if (job.steps > 0) dh[i] += sum_of(w_hh, item);
+        if (job.steps > 0) {
+          if constexpr (kRegular)
+            dh[i] += sum_of(w_hh, item) * scale[i];
+          else
+            dh[i] += sum_of(w_hh, item);
+        }
         static_cast<S*>(p.dh0)[(d * B + item.b) * P + item.u] = narrow<S>(dh[i]);
       }
-      if constexpr (kHasC<Cell>)
+      if constexpr (kStates > 0)
         if (gate_item(i, item) && item.there)
-          static_cast<S*>(p.dc0)[(d * B + item.b) * H + item.u] = narrow<S>(dc[i]);
+#pragma unroll
+          for (int k = 0; k < kStates; k++)
+            static_cast<S*>(p.dstate0[k])[(d * B + item.b) * H + item.u] = narrow<S>(dstate[i][k]);
     }
   }
 }

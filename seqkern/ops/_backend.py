@@ -3,7 +3,7 @@
 eager   the literal formula of seqkern.reference: every dtype, every device, every order of differentiation
 cpu     recurrent layers, additive attention and CRF: the compiled kernels in csrc/cpu; attention:
         seqkern.ops.attention_cpu
-cuda    rnn, lstm and gru: the compiled kernels in csrc/cuda
+cuda    recurrent layers: the compiled kernels in csrc/cuda
 triton  attention, additive attention, CRF: the kernels in seqkern.triton
 """
 
@@ -26,7 +26,7 @@ BACKENDS_OF: dict[str, tuple[str, ...]] = {  # besides eager
     "rnn": ("cpu", "cuda"),
     "lstm": ("cpu", "cuda"),
     "gru": ("cpu", "cuda"),
-    "recurrent": ("cpu",),  # the cells of ops/_cells.py, and regularised recurrences
+    "recurrent": ("cpu", "cuda"),  # the cells of ops/_cells.py, and regularised recurrences
     "attention": ("cpu", "triton"),
     "additive_attention": ("cpu", "triton"),
     "attention_decoder": ("cpu",),

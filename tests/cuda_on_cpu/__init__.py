@@ -24,6 +24,7 @@ import torch
 import seqkern
 
 ROOT = Path(__file__).parents[2]
+KINDS = ("rnn", "gru", "lstm", "recurrent")  # modules of seqkern.ops, each with its operators
 BUILD = ROOT / "build" / f"cuda_on_cpu-{sys.implementation.cache_tag}"
 
 
@@ -103,13 +104,13 @@ def emulated(
     """
     ops = build_and_load()
     kept = []
-    for kind in ("rnn", "gru", "lstm"):
+    for kind in KINDS:
         module = importlib.import_module(f"seqkern.ops.{kind}")
         kept.append((module, module._forward, module._backward))
     ops.configure(seed, *astuple(facts), facts.sms if free_sms is None else free_sms)
     ops.force_tier(tier or "")
     try:
-        for kind, (module, _, _) in zip(("rnn", "gru", "lstm"), kept, strict=True):
+        for kind, (module, _, _) in zip(KINDS, kept, strict=True):
             module._forward = getattr(ops, f"{kind}_forward").default
             module._backward = getattr(ops, f"{kind}_backward").default
         with seqkern.use_backend("cpu"):

@@ -1,0 +1,295 @@
+// A step of the cells whose products are normalised over rows (layer_norm_lstm, layer_norm_gru):
+//   pre = gain_i norm(W_ih x) + gain_h norm(W_hh h) + biases   then the gates (cell.h);
+//   an LSTM's h = o tanh(gain_c norm(c) + bias)
+// norm(v) = (v - mean) / sqrt(variance + eps), over all gates of a row.
+//
+// A block owns one row (d, b): a thread some units, the same ones in every pass, so that what it
+// keeps in `held` between passes is its own. Sums over a row are made in a fixed order.
+// Of the reserve's values the first G are the normalised W_ih x, G of W_hh h follow, then the
+// cell's.
+
+#include "stepwise.cuh"
+
+namespace seqkern::cuda {
+namespace {
+
+constexpr int kRowWarps = kStepThreads / 32;
+
+// Sums over the block, to all threads. `shared`: of kN * kRowWarps.
+template <int kN, class C>
+__device__ __forceinline__ void sum_over_block(C (&value)[kN], C* shared) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  for (int n = 0; n < kN; n++)
+    for (int distance = 16; distance > 0; distance /= 2)
+      value[n] += __shfl_xor_sync(0xffffffffu, value[n], distance);
+  __syncthreads();  // what was summed before has been read
+  if (lane == 0)
+    for (int n = 0; n < kN; n++) shared[n * kRowWarps + warp] = value[n];
+  __syncthreads();
+  for (int n = 0; n < kN; n++) {
+    value[n] = 0;
+    for (int i = 0; i < kRowWarps; i++) value[n] += shared[n * kRowWarps + i];
+  }
+}
+
+// What the two cells are to this file. kValues: values of the reserve before the cell's own.
+template <class M>
+struct NormalisedLstm {
+  using Cell = LayerNormLstmCell<M>;
+  static constexpr int kGates = 4, kValues = 8;
+  static constexpr bool kGru = false;
+};
+template <class M>
+struct NormalisedGru {
+  using Cell = GruCell<M>;
+  static constexpr int kGates = 3, kValues = 6;
+  static constexpr bool kGru = true;
+};
+
+// The row of this block, its units to be filled in.
+__device__ __forceinline__ Element row_of_block(const LayerParams& p, int64_t s) {
+  return element_of(p, int64_t(blockIdx.x) * p.H, p.H, s);
+}
+__device__ __forceinline__ void take_unit(Element& e, int64_t u) { e.i += u - e.u, e.u = u; }
+
+// Value `plane` of an element in held, [D, B, values, H].
+template <class S>
+__device__ __forceinline__ Compute<S>* held_at(void* held, const LayerParams& p, const Element& e,
+                                               int values) {
+  return out<Compute<S>>(held) + ((e.d * p.rows.B + e.b) * values) * p.H + e.u;
+}
+
+template <class S>
+__device__ __forceinline__ Compute<S>* statistics_of(const LayerParams& p, void* reserve,
+                                                     const Element& e) {
+  S* const row = out<S>(reserve) + at_reserve(p, e, e.row);
+  return reinterpret_cast<Compute<S>*>(row + p.saved * padded(p.H));
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// Overwrites y, reserve, h, h_in and the states of the rows valid at this step, and held.
+template <class Kind, class S>
+__global__ void normalised_forward_kernel(const ForwardParams p, const ForwardStep step) {
+  using C = Compute<S>;
+  using Cell = typename Kind::Cell;
+  constexpr int G = Kind::kGates, kHeld = 6;
+  SEQKERN_SHARED_MEMORY(shared);
+  C* const sums = reinterpret_cast<C*>(shared);
+  Element e = row_of_block(p, step.s);
+  if (e.row < 0) return;
+  const int64_t H = p.H, Hp = padded(H);
+  const void* const* const own = p.own[e.way];
+  const S* const gx = in<S>(p.gx) + (e.d * p.rows.N + e.row) * G * H;
+  const S* const gh = in<S>(step.products[0]) + (e.d * p.rows.B + e.b) * G * H;
+  S* const reserve = p.reserve == nullptr ? nullptr : out<S>(p.reserve) + at_reserve(p, e, e.row);
+  const C count = C(G) * C(H);
+
+  C mean[2] = {}, squares[2] = {};
+  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads)
+    mean[0] += widen(gx[k]), mean[1] += widen(gh[k]);
+  sum_over_block(mean, sums);
+  mean[0] /= count, mean[1] /= count;
+  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) {
+    const C x = widen(gx[k]) - mean[0], h = widen(gh[k]) - mean[1];
+    squares[0] += x * x, squares[1] += h * h;
+  }
+  sum_over_block(squares, sums);
+  const C rstd[2] = {1 / sqrt(squares[0] / count + C(p.eps)),
+                     1 / sqrt(squares[1] / count + C(p.eps))};
+
+  C sum_c[1] = {};
+  for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+    take_unit(e, u);
+    C x[G], h[G];
+    for (int k = 0; k < G; k++) {
+      const int64_t at = k * H + u;
+      x[k] = (widen(gx[at]) - mean[0]) * rstd[0];
+      h[k] = (widen(gh[at]) - mean[1]) * rstd[1];
+      if (reserve != nullptr) {
+        reserve[k * Hp + u] = narrow<S>(x[k]);
+        reserve[(G + k) * Hp + u] = narrow<S>(h[k]);
+      }
+      x[k] = x[k] * number<S>(own[0], at) + number<S>(own[1], at) + bias_of<S>(p, p.b_ih, e, G, k);
+      h[k] = h[k] * number<S>(own[2], at) + number<S>(own[3], at);
+    }
+    const Kept<S> kept = kept_of<S>(p, e);
+    if constexpr (Kind::kGru) {
+      const C pre[4] = {x[2], x[0] + h[0], x[1] + h[1], h[2]};
+      const C h_prev = widen(out<S>(step.h)[e.i]);
+      C saved[Cell::kSaved];
+      const C made = Cell::forward(pre, h_prev, nullptr, nullptr, kept.within, saved);
+      give<Cell, S>(p, step, e, kept, made, h_prev, nullptr, nullptr, saved, Kind::kValues);
+    } else {
+      C pre[4], state[1] = {out<C>(step.state[0])[e.i]}, saved[Cell::kSaved];
+      for (int k = 0; k < 4; k++) pre[k] = x[k] + h[k];
+      Cell::make_c(pre, state, kept.within, saved);
+      C* const held = held_at<S>(step.held, p, e, kHeld);
+      for (int k = 0; k < Cell::kSaved; k++) held[k * H] = saved[k];
+      sum_c[0] += saved[5];
+    }
+  }
+  if (reserve != nullptr && threadIdx.x == 0) {
+    C* const statistics = statistics_of<S>(p, p.reserve, e);
+    statistics[0] = rstd[0], statistics[1] = rstd[1];
+  }
+  if constexpr (!Kind::kGru) {
+    sum_over_block(sum_c, sums);
+    const C mean_c = sum_c[0] / C(H);
+    C squares_c[1] = {};
+    for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+      take_unit(e, u);
+      const C off = held_at<S>(step.held, p, e, kHeld)[5 * H] - mean_c;
+      squares_c[0] += off * off;
+    }
+    sum_over_block(squares_c, sums);
+    const C rstd_c = 1 / sqrt(squares_c[0] / C(H) + C(p.eps));
+    if (reserve != nullptr && threadIdx.x == 0) statistics_of<S>(p, p.reserve, e)[2] = rstd_c;
+    for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+      take_unit(e, u);
+      C saved[Cell::kSaved];
+      const C* const held = held_at<S>(step.held, p, e, kHeld);
+      for (int k = 0; k < Cell::kSaved; k++) saved[k] = held[k * H];
+      saved[4] = (saved[5] - mean_c) * rstd_c;
+      const C c = saved[4] * number<S>(own[4], u) + number<S>(own[5], u);
+      const C state[1] = {saved[5]}, before[1] = {out<C>(step.state[0])[e.i]};
+      give<Cell, S>(p, step, e, kept_of<S>(p, e), Cell::make_h(saved, c),
+                    widen(out<S>(step.h)[e.i]), state, before, saved, Kind::kValues);
+    }
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// Overwrites dh, dstate and dpre of the rows valid at this step, held, and dpre_h. Planes of dpre:
+//   [G] W_ih x   [G] W_hh h   [G] its gain   [G] W_hh h's gain   [G] the pre-activations themselves
+//   an LSTM: the gain of c, its bias   a GRU: W_hh h's n itself
+template <class Kind, class S>
+__global__ void normalised_backward_kernel(const BackwardParams p, const BackwardStep step) {
+  using C = Compute<S>;
+  using Cell = typename Kind::Cell;
+  constexpr int G = Kind::kGates, kHeld = G + 1;
+  SEQKERN_SHARED_MEMORY(shared);
+  C* const sums = reinterpret_cast<C*>(shared);
+  Element e = row_of_block(p, step.s);
+  const int64_t H = p.H, Hp = padded(H);
+  S* const dpre_h = out<S>(step.dpre_h) + (e.d * p.rows.B + e.b) * G * H;
+  if (e.row < 0) {
+    for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) dpre_h[k] = narrow<S>(C(0));
+    return;
+  }
+  const void* const* const own = p.own[e.way];
+  const S* const reserve = in<S>(p.reserve) + at_reserve(p, e, e.row);
+  const C* const statistics = reinterpret_cast<const C*>(reserve + p.saved * Hp);
+
+  // The gradients of what gain and bias make, [G] in held; a GRU's n of W_hh h in the last of held.
+  if constexpr (Kind::kGru) {
+    for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+      take_unit(e, u);
+      Saved<Cell, S> saved(p, e, Kind::kValues);
+      const C dh = saved.take_h(p, step, e);
+      C dpre[4];
+      const C past = Cell::backward(dh, nullptr, saved.value, C(0), h_before<S>(p, e), nullptr,
+                                    nullptr, saved.kept.within, dpre);
+      saved.give_h(step, e, past);
+      C* const held = held_at<S>(step.held, p, e, kHeld);
+      held[0] = dpre[1], held[H] = dpre[2], held[2 * H] = dpre[0], held[3 * H] = dpre[3];
+      dpre_of<S>(p, e)[5 * G * H] = narrow<S>(dpre[3]);
+    }
+  } else {
+    C row[2] = {};
+    for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+      take_unit(e, u);
+      Saved<Cell, S> saved(p, e, Kind::kValues);
+      const C dh = saved.take_h(p, step, e), gain = number<S>(own[4], u);
+      const C normalised = saved.value[4];
+      C dpre[4];
+      const C d = Cell::h_backward(dh, saved.value, normalised * gain + number<S>(own[5], u), dpre);
+      saved.give_h(step, e, C(0));
+      C* const held = held_at<S>(step.held, p, e, kHeld);
+      held[3 * H] = dpre[3], held[4 * H] = d * gain;
+      S* const to = dpre_of<S>(p, e);
+      to[5 * G * H] = narrow<S>(d * normalised), to[(5 * G + 1) * H] = narrow<S>(d);
+      row[0] += d * gain, row[1] += d * gain * normalised;
+    }
+    sum_over_block(row, sums);
+    const C mean = row[0] / C(H), slope = row[1] / C(H), rstd = statistics[2];
+    for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+      take_unit(e, u);
+      Saved<Cell, S> saved(p, e, Kind::kValues);
+      saved.take_states(p, step, e);
+      C* const held = held_at<S>(step.held, p, e, kHeld);
+      C dpre[4];
+      const C dc = saved.dstate[0] + (held[4 * H] - mean - saved.value[4] * slope) * rstd;
+      Cell::c_backward(dc, saved.dstate, saved.value, saved.prev, saved.kept.within, dpre);
+      saved.give_states(step, e);
+      for (int k = 0; k < 3; k++) held[k * H] = dpre[k];
+    }
+  }
+
+  // To those of both products.
+  const auto gradient = [&](const C* held, int side, int k) {
+    return held[(Kind::kGru && side == 1 && k == 2 ? 3 : k) * H];
+  };
+  C row[4] = {};
+  for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+    take_unit(e, u);
+    const C* const held = held_at<S>(step.held, p, e, kHeld);
+    S* const to = dpre_of<S>(p, e);
+    for (int side = 0; side < 2; side++)
+      for (int k = 0; k < G; k++) {
+        const C d = gradient(held, side, k), x = widen(reserve[(side * G + k) * Hp + u]);
+        const C of_x = d * number<S>(own[2 * side], k * H + u);
+        to[((2 + side) * G + k) * H] = narrow<S>(d * x);
+        row[2 * side] += of_x, row[2 * side + 1] += of_x * x;
+      }
+    for (int k = 0; k < G; k++) to[(4 * G + k) * H] = narrow<S>(gradient(held, 0, k));
+  }
+  sum_over_block(row, sums);
+  const C count = C(G) * C(H);
+  for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+    take_unit(e, u);
+    const C* const held = held_at<S>(step.held, p, e, kHeld);
+    S* const to = dpre_of<S>(p, e);
+    for (int side = 0; side < 2; side++)
+      for (int k = 0; k < G; k++) {
+        const C d = gradient(held, side, k), x = widen(reserve[(side * G + k) * Hp + u]);
+        const C of_x = d * number<S>(own[2 * side], k * H + u);
+        const S value = narrow<S>((of_x - row[2 * side] / count - x * row[2 * side + 1] / count) *
+                                  statistics[side]);
+        to[(side * G + k) * H] = value;
+        if (side == 1) dpre_h[k * H + u] = value;
+      }
+  }
+}
+
+template <class Body>
+void with_kind(CellKind cell, Dtype dtype, Body body) {
+  with_dtype(dtype, [&](auto s) {
+    using M = Math<TypeOf<decltype(s)>>;
+    if (cell == CellKind::layer_norm_lstm) return body(Type<NormalisedLstm<M>>(), s);
+    return body(Type<NormalisedGru<M>>(), s);
+  });
+}
+
+constexpr size_t kSharedBytes = 4 * kRowWarps * sizeof(double);
+
+}  // namespace
+
+void normalised_forward(const ForwardParams& params, const ForwardStep& step, void* stream) {
+  with_kind(params.cell, params.dtype, [&](auto kind, auto s) {
+    launch_blocks("normalised_forward_kernel", stream, params.D * params.rows.B, kSharedBytes,
+                  normalised_forward_kernel<TypeOf<decltype(kind)>, TypeOf<decltype(s)>>, params,
+                  step);
+  });
+}
+
+void normalised_backward(const BackwardParams& params, const BackwardStep& step, void* stream) {
+  with_kind(params.cell, params.dtype, [&](auto kind, auto s) {
+    launch_blocks("normalised_backward_kernel", stream, params.D * params.rows.B, kSharedBytes,
+                  normalised_backward_kernel<TypeOf<decltype(kind)>, TypeOf<decltype(s)>>, params,
+                  step);
+  });
+}
+
+}  // namespace seqkern::cuda
