@@ -1,5 +1,6 @@
-"""The CUDA kernels of every recurrent cell and regulariser, on an emulated device (tests/cuda_on_cpu): against
-the eager formula in float64 by compare.py's rule, as test_variants.py has the CPU's.
+"""The CUDA kernels of every recurrent cell and regulariser, on an emulated device (tests/cuda_on_cpu).
+
+Against the eager formula in float64 by compare.py's rule, as test_variants.py has the CPU's.
 """
 
 from collections.abc import Iterator
