@@ -31,6 +31,7 @@ class LayerCall {
   std::vector<at::Tensor> states;     // [D, B, .]
   std::vector<Direction> directions;  // [D]
   std::vector<int64_t> sizes;         // packed: [T] rows of each step
+  double cell_clip, proj_clip;        // bounds that x's dtype has
 
   LayerCall(const LayerArguments& a, c10::DeviceType device)
       : shape(cell_shape(a.cell)),
@@ -90,6 +91,7 @@ class LayerCall {
                   " heads, got ", w_hh.sizes());
       heads = w_hh.size(0);
     }
+    cell_clip = as_stored(a.cell_clip), proj_clip = as_stored(a.proj_clip);
     for (int64_t d = 0; d < D; d++) {
       const auto param = [&](size_t i, const char* name, at::IntArrayRef expected) {
         const at::Tensor& tensor = a.params[size_t(d) * each + i];
@@ -110,7 +112,9 @@ class LayerCall {
       w.w_hh = needed(param(1, "w_hh", w_hh_shape), "w_hh");
       w.b_ih = param(2, "b_ih", {G * H});
       w.b_hh = param(3, "b_hh", {(hidden > 0 ? hidden : 1) * H});
+      TORCH_CHECK(!shape.rows || !w.b_hh.defined(), "b_hh: ", shape.name, " has one bias, b_ih");
       w.w_hr = param(4, "w_hr", {P, H});
+      TORCH_CHECK(w.w_hr.defined() == projected, "w_hr: expected one in each direction or in none");
       for (size_t i = 0; i < size_t(shape.own); i++) {
         const int gates = shape.own_gates[i];
         const int64_t rows = (gates > 0 ? gates : i == 0 ? G : hidden) * H;
@@ -202,6 +206,20 @@ class LayerCall {
   }
 
  private:
+  // A bound as the values that it bounds are stored: backward finds them by it.
+  double as_stored(double bound) const {
+    switch (x.scalar_type()) {
+      case at::kHalf:
+        return double(static_cast<float>(at::Half(static_cast<float>(bound))));
+      case at::kBFloat16:
+        return double(static_cast<float>(at::BFloat16(static_cast<float>(bound))));
+      case at::kFloat:
+        return double(static_cast<float>(bound));
+      default:
+        return bound;
+    }
+  }
+
   // From here on a head is a direction.
   void part_heads() {
     const int64_t N = heads;

@@ -1,5 +1,5 @@
-// The recurrent layers' operators, once for every backend: their schemas, and how the six of them
-// are registered for a backend that has the two functions below.
+// The recurrent layers' operators, once for every backend: their schemas, and how they are
+// registered for a backend that has the two functions below.
 #pragma once
 
 #include <ATen/core/List.h>

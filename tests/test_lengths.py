@@ -69,6 +69,8 @@ def test_parity_with_packing(case: Case, pattern: str, backend: str) -> None:
 # least 512 rows each), of which the middle one meets the same rows in both directions.
 CHUNKED = (
     Case("lstm", T=300, B=8, H=256, bidirectional=True),
+    Case("lstm", T=201, B=8, H=256, bidirectional=True),
+    Case("gru", T=201, B=8, H=256, bidirectional=True),
     Case("lstm", T=300, B=8, H=512, bidirectional=True, dtype=torch.bfloat16),
     Case("lstm", T=300, B=8, H=256, bidirectional=True, proj_size=17),
     Case("gru", T=600, B=8, H=256),

@@ -458,3 +458,70 @@ CIFG = [torch.zeros(12, 4), torch.zeros(12, 4), None, None, None]
 def test_errors(arguments: tuple, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         recurrent(*arguments, **options)
+
+
+# ---- what only the kernels could get wrong -----------------------------------------------------------------
+
+
+def gradients(backend: str, call, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with seqkern.use_backend(backend):
+        y = call(*leaves)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return [y.detach(), *torch.autograd.grad((y * weights.to(y.dtype)).sum(), leaves)]
+
+
+def test_projection_to_the_hidden_size() -> None:
+    """h as large as c: the threads still may not share a row's units."""
+    if why := why_no_cpu_backend():
+        pytest.skip(why)
+    T, I, H = 32, 16, 256  # noqa: E741
+    shapes = [(T, 1, I), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,), (H, H)]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64) * H**-0.5 for s in shapes]
+
+    def call(x, *params):
+        return seqkern.ops.lstm(x, None, params)[0]
+
+    for got, expected in zip(gradients("cpu", call, *leaves), gradients("eager", call, *leaves), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_projection_in_one_direction_alone_is_refused() -> None:
+    w_ih, w_hh, w_hr = torch.zeros(16, 3), torch.zeros(16, 4), torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="weight_hr: expected one for each layer and direction"):
+        recurrent(
+            "lstm",
+            torch.zeros(2, 1, 3),
+            None,
+            [w_ih, w_hh, None, None, w_hr, w_ih, w_hh, None, None, None],
+            bidirectional=True,
+            cell_clip=1.0,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_no_gradient_passes_a_clip_whatever_the_bound_rounds_to(dtype: torch.dtype) -> None:
+    if why := why_no_cpu_backend():
+        pytest.skip(why)
+    generator = torch.Generator().manual_seed(0)
+    x, w_ih, w_hh = (torch.randn(s, generator=generator).to(dtype) for s in ((1, 8, 4), (32, 4), (32, 8)))
+    h_0, c_0 = torch.zeros(1, 8, 8, dtype=dtype), torch.full((1, 8, 8), 30.0, dtype=dtype)
+    for clip in (0.7, 0.1, 0.3, 1.1):
+
+        def call(c_0, clip=clip):
+            return recurrent("lstm", x, (h_0, c_0), [w_ih, w_hh, None, None, None], cell_clip=clip)[0]
+
+        got, expected = (gradients(backend, call, c_0)[1] for backend in ("cpu", "eager"))
+        assert (got == 0).equal(expected == 0), clip
+
+
+def test_more_heads_than_the_kernels_take() -> None:
+    layer = seqkern.SLSTM(3, 128, num_heads=128)
+    x = torch.randn(2, 1, 3)
+    y, _ = layer(x)
+    with seqkern.use_backend("eager"):
+        assert y.equal(layer(x)[0])
+    if why_no_cpu_backend() is None:
+        with seqkern.use_backend("cpu"), pytest.raises(RuntimeError, match="up to 64 heads .* got 128"):
+            layer(x)

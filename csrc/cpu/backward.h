@@ -123,7 +123,9 @@ struct Backward : Layer<S> {
   int64_t count_chunks() const {
     int64_t most_rows = kChunkBytes / (D * ld * int64_t(sizeof(A)));
     if (most_rows < kLeastRows) most_rows = kLeastRows;
-    return T > 0 ? ceil_div(T, ceil_div(most_rows, B)) : 1;
+    if (T == 0) return 1;
+    const int64_t count = ceil_div(T, ceil_div(most_rows, B));
+    return count + int64_t(T % 2 == 1 && count % 2 == 0);  // else no chunk has the middle step
   }
   int64_t bound(int64_t k) const {
     return 2 * k <= chunks ? T * k / chunks : T - T * (chunks - k) / chunks;
@@ -188,7 +190,7 @@ struct Backward : Layer<S> {
       }
       memory.dpre[d] = scratch.take<A>(chunk_rows * ld);
       if (q.need_dweights) {
-        memory.db[d] = scratch.take<C>(round_up(width, L));
+        memory.db[d] = scratch.take<C>(width + L);
         memory.dgain[d] = scratch.take<C>(gains() * Hp);
       }
       if (projected) {
@@ -197,7 +199,7 @@ struct Backward : Layer<S> {
       }
       for (int i = 0; i < cell.mid; i++)
         take_rows(scratch, memory.mid[i][d], memory.mid_row[i][d], chunk_rows, H);
-      if (q.regularisers.scale)
+      if (q.regularisers.scale && first.gates > 0)
         take_rows(scratch, memory.h_in[d], memory.h_in_row[d], chunk_rows, P);
     }
     memory.x_row = scratch.take<const S*>(rows);

@@ -8,6 +8,12 @@
 namespace seqkern {
 namespace SEQKERN_ISA {
 
+// kept of `before` and the rest of `now`; what is not wanted at all may be infinite.
+template <class V>
+SEQKERN_INLINE V blend(V kept, V before, V now) {
+  return kept == 0 ? now : kept == 1 ? before : kept * before + (1 - kept) * now;
+}
+
 // One block's new states: regularisers blend them with those before; they are stored, h as output
 // and the others for the next step, and what backward wants back goes to the reserve: the cell's
 // own values from the first_saved-th on, then what regularisers add (saved_values).
@@ -23,9 +29,8 @@ SEQKERN_INLINE void Forward<S>::give(const Span& s, int64_t r, int64_t u, V h, V
   [[maybe_unused]] const V made = h;
   if constexpr (kRegularised) {
     const auto kept = this->kept(s.d, s.t, j, u);
-    if (!projected) h = kept.h * h_prev + (1 - kept.h) * h;
-    for (int k = 0; k < kStates; k++)
-      carried[k] = kept.c * state_prev[k] + (1 - kept.c) * carried[k];
+    if (!projected) h = blend(kept.h, h_prev, h);
+    for (int k = 0; k < kStates; k++) carried[k] = blend(kept.c, state_prev[k], carried[k]);
   }
   for (int k = 0; k < kStates; k++) store(s.task.state[k] + r * Hp + u * L, carried[k]);
   if (q.reserve && saved_count > 0) {

@@ -55,8 +55,8 @@ class Call : public LayerCall {
     if (scale.defined()) p.regularisers.scale = scale.const_data_ptr();
     p.regularisers.keep_h = arguments.keep_h, p.regularisers.keep_c = arguments.keep_c;
     p.regularisers.candidate_scale = arguments.candidate_scale;
-    p.regularisers.cell_clip = arguments.cell_clip;
-    p.regularisers.proj_clip = arguments.proj_clip;
+    p.regularisers.cell_clip = cell_clip;
+    p.regularisers.proj_clip = proj_clip;
     p.eps = arguments.eps;
   }
 

@@ -52,7 +52,7 @@ inline Plan make_plan(const LayerParams& p, int threads, int64_t step_bytes, int
   const int64_t most = p.seq.B / kMinSliceRows > 0 ? p.seq.B / kMinSliceRows : 1;
   if (plan.slices > most) plan.slices = most;
   const int64_t tasks = p.D * plan.slices;
-  if (tasks < threads && step_bytes >= 32768 && p.P == p.H && !cell_shape(p.cell).rows) {
+  if (tasks < threads && step_bytes >= 32768 && !p.weights[0].w_hr && !cell_shape(p.cell).rows) {
     plan.members = threads / tasks;
     if (plan.members > max_members) plan.members = max_members;
   }
@@ -393,7 +393,8 @@ struct Forward : Layer<S> {
     task.pre = scratch.take<C>(chunk_rows(plan) * ld);
     if (apart) task.part = scratch.take<C>(n * ld_first);
     if (cell.mid > 0) task.part2 = scratch.take<C>(n * ld_second);
-    if (apart) task.held = scratch.take<C>(n * Hp * cell.saved);
+    if (cell.mid > 0) task.held = scratch.take<C>(n * Hp * cell.saved);
+    if (cell.rows && states > 0) task.held = scratch.take<C>(n * Hp * LayerNormLstmCell<M>::kSaved);
     for (int i = 0; i < cell.mid; i++) task.mid[i] = scratch.take<A>(n * Hp);
     for (int i = 0; i < states; i++) task.state[i] = scratch.take<C>(n * Hp);
     task.m = scratch.take<A>(projected ? n * Hp : 0);

@@ -80,9 +80,10 @@ def is_regularised(module: Regularised) -> bool:
 def regularisers_of(module: Regularised) -> Regularisers:
     """The module's attributes as the operation takes them; one number for zoneout serves all states."""
     zoneout = module.zoneout
-    if not isinstance(zoneout, tuple):
+    if isinstance(zoneout, int | float):
         zoneout = (zoneout, zoneout if len(_cells.find(module._cell).states) > 1 else 0.0)
-    return Regularisers(zoneout, *(getattr(module, name) for name in REGULARISERS[1:]))
+    zone_h, zone_c = zoneout
+    return Regularisers((zone_h, zone_c), *(getattr(module, name) for name in REGULARISERS[1:]))
 
 
 def run(

@@ -20,6 +20,7 @@ _backward = _backend.operator("recurrent_backward")
 _mask = _backend.operator("recurrent_mask")
 
 UPDATE_GATES = ("keep", "replace")
+MAX_HEADS = 64  # of both directions, kMostDirections in csrc/params.h
 
 
 class Regularisers(NamedTuple):
@@ -127,7 +128,8 @@ def recurrent(
         eps: of layer normalisation
         update_gate: of gru and gru_reset_before: "keep", h = (1 - z) n + z h_prev as in torch, or "replace",
             h = (1 - z) h_prev + z n
-        backend: "eager" or "cpu"; None: the fastest that is correct. See seqkern.use_backend
+        backend: "eager", "cpu" or "cuda"; None: the fastest that is correct. See seqkern.use_backend. The
+            kernels take up to 64 heads of both directions
     Returns:
         output: [T, B, D*P] or [N, D*P];  the final states, as hx; dtype of input. Under torch.autocast: its
             dtype on a GPU, on a CPU (as torch.nn.GRU) the wider of its dtype and the states'
@@ -176,7 +178,7 @@ def recurrent(
     if lengths is not None:
         lengths = _layers.check_lengths(lengths, T, B, input.device)
     if update_gate == "replace":
-        params = _exchange_update_gate(spec, params)
+        params = _exchange_update_gate(params)
 
     seed = _layers.new_seed(input.device) if training and _is_random(regularisers) else None
     if seed is not None and weight_dropout > 0:
@@ -249,7 +251,7 @@ def recurrent_cell(
             )
     _check(spec, sizes, input, hx, params, 1, 1, None, None, cell=True)
     if update_gate == "replace":
-        params = _exchange_update_gate(spec, params)
+        params = _exchange_update_gate(params)
     (layer,) = _choose_layers(
         spec, input, hx, params, 1, 1, False, regularisers, eps, None, Places(), backend
     )
@@ -279,6 +281,8 @@ def _first_sizes(spec: _cells.Cell, params: Sequence[Tensor | None], rows: int) 
         if p is not None and not position.allowed:
             raise ValueError(f"{position.name.format('')}: expected None for {spec.name}, got a tensor")
     w_ih, w_hh, w_hr = params[0], params[1], params[4]
+    if any((p is None) != (w_hr is None) for p in params[4 :: len(positions)]):
+        raise ValueError("weight_hr: expected one for each layer and direction, or none at all")
     w_hh_dim = len(spec.base[1].shape(_cells.Sizes(1, 1, 1, 1)))
     if w_ih.dim() != 2 or w_ih.shape[0] % spec.gates:
         raise RuntimeError(f"weight_ih_l0: expected [{spec.gates}*H, I], got {tuple(w_ih.shape)}")
@@ -354,7 +358,7 @@ def _check_reset(
 # ---- what acts outside the recurrence ----------------------------------------------------------------------
 
 
-def _exchange_update_gate(spec: _cells.Cell, params: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _exchange_update_gate(params: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The parameters with z's rows negated: sigmoid(-a) = 1 - sigmoid(a) exchanges h_prev and n."""
     G = params[0].shape[0]
     sign = params[0].new_ones(G)
@@ -448,6 +452,14 @@ def _choose_layers(
         layer = choose(input, states, given, *names, backend)
         return [partial(_plain_layer, layer, len(spec.parameters))] * num_layers
     chosen = _layers.choose_backend("recurrent", input, states, given, backend)
+    heads = params[1].shape[0] * D if spec.has_heads else 1
+    if heads > MAX_HEADS and chosen != "eager":
+        if backend or _backend.current_wish():
+            raise RuntimeError(
+                f"backend {chosen!r} was asked for: it takes up to {MAX_HEADS} heads of both directions, "
+                f"got {heads}"
+            )
+        chosen = "eager"
     run = _eager_layer if chosen == "eager" else _operator_layer
     probabilities, keeps = ((*zoneout, p), (0.0, 0.0)) if training else ((0.0, 0.0, 0.0), zoneout)
     scalars = (*keeps, candidate_scale(p) if training else 1.0, *limits, eps)
