@@ -41,7 +41,6 @@ std::string format(const char* text, ...) {
 // Why no persistent kernel can run it, or "".
 std::string no_persistent(const PlanRequest& r, const Facts& facts) {
   const CellShape& shape = cell_shape(r.cell);
-  if (shape.mid > 0) return format("%s has a second product", shape.name);
   if (shape.rows) return format("%s normalises rows", shape.name);
   if (shape.hidden_gates == 0) return format("%s has no product", shape.name);
   if (r.projected && r.regularised) return "a projection's kernels do not regularise";
