@@ -344,6 +344,8 @@ struct GruResetBeforeCell {
   using V = typename Math::V;
   static constexpr int kGates = 3, kSlots = 3, kFirst = 2, kFirstSlot = 0, kSecond = 1, kMid = 1;
   static constexpr int kSaved = 3, kStates = 1, kCarry = 0, kPlanes = 3, kEndPlane = 1;
+  static constexpr int kOwn = 0;
+  static constexpr bool kNeedsH = false, kNeedsHPrev = true;
 
   // r z = sigma(pre_r) sigma(pre_z);  n = tanh(pre_n + U (r h_prev));  h = (1 - z) n + z h_prev
   // (Cho et al. 2014)
@@ -390,6 +392,8 @@ struct MguCell {
   using V = typename Math::V;
   static constexpr int kGates = 2, kSlots = 2, kFirst = 1, kFirstSlot = 0, kSecond = 1, kMid = 1;
   static constexpr int kSaved = 2, kStates = 1, kCarry = 1, kPlanes = 2, kEndPlane = 1;
+  static constexpr int kOwn = 0;
+  static constexpr bool kNeedsH = false, kNeedsHPrev = true;
 
   // f = sigma(pre_f);  n = tanh(pre_n + U (f h_prev));  h = (1 - f) h_prev + f n
   // (Zhou et al. 2016)
@@ -434,6 +438,8 @@ struct NestedLstmCell {
   using V = typename Math::V;
   static constexpr int kGates = 4, kSlots = 4, kFirst = 4, kFirstSlot = 0, kSecond = 4, kMid = 2;
   static constexpr int kSaved = 10, kStates = 3, kCarry = 0, kPlanes = 8, kEndPlane = 3;
+  static constexpr int kOwn = 0;
+  static constexpr bool kNeedsH = false, kNeedsHPrev = false;
 
   // An LSTM whose cell state is the output of another LSTM, of input i g, hidden state f c_prev and
   // cell state d:  d = f' d_prev + i' g';  c = o' tanh(d);  h = o tanh(c)  (Moniz & Krueger 2017).
@@ -501,6 +507,8 @@ struct NestedGruCell {
   using V = typename Math::V;
   static constexpr int kGates = 3, kSlots = 4, kFirst = 3, kFirstSlot = 1, kSecond = 4, kMid = 2;
   static constexpr int kSaved = 8, kStates = 1, kCarry = 1, kPlanes = 8, kEndPlane = 4;
+  static constexpr int kOwn = 0;
+  static constexpr bool kNeedsH = false, kNeedsHPrev = true;
 
   // A GRU that blends by another GRU, of input (1 - z) n and hidden state z h_prev, where the
   // usual one adds the two. Slots of both: n r z n'

@@ -229,9 +229,11 @@ class LayerCall {
     for (const Direction& w : directions)
       for (int64_t n = 0; n < N; n++) {
         const auto part = [&](const at::Tensor& tensor, int64_t columns) {
-          return tensor.defined()
-                     ? tensor.view({G, N, H, columns}).select(1, n).reshape({G * H, columns})
-                     : tensor;
+          return tensor.defined() ? tensor.view({G, N, H, columns})
+                                        .select(1, n)
+                                        .reshape({G * H, columns})
+                                        .contiguous()
+                                  : tensor;
         };
         Direction of;
         of.w_ih = part(w.w_ih, I);

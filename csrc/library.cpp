@@ -35,12 +35,11 @@ T named(const char* what, const std::string& name, const std::map<std::string, T
 // Which CUDA kernel a layer's pass takes on a device with these facts, and why. No device is asked.
 std::string cuda_plan(const std::string& cell, const std::string& dtype, const std::string& pass,
                       bool tf32, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D,
-                      int capability, int sms, int shared_bytes, int max_cluster) {
+                      bool regularised, int capability, int sms, int shared_bytes,
+                      int max_cluster) {
   using namespace seqkern;
   const cuda::PlanRequest request{
-      named<CellKind>(
-          "cell", cell,
-          {{"rnn", CellKind::rnn_tanh}, {"gru", CellKind::gru}, {"lstm", CellKind::lstm}}),
+      cell == "rnn" ? CellKind::rnn_tanh : cell_named(cell),
       named<Dtype>("dtype", dtype,
                    {{"float32", Dtype::f32},
                     {"float64", Dtype::f64},
@@ -55,7 +54,7 @@ std::string cuda_plan(const std::string& cell, const std::string& dtype, const s
       P,
       D,
       /*projected=*/P != H,
-      /*regularised=*/false};
+      regularised};
   return cuda::explain(request, {capability, sms, shared_bytes, max_cluster});
 }
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from seqkern import _extension
+from seqkern.ops import CELLS
 
-KINDS = ("rnn", "gru", "lstm")
+KINDS = ("rnn", *(name for name in CELLS if not name.startswith("rnn_")))
 PASSES = ("forward", "backward")
 
 
@@ -47,14 +48,18 @@ def plan(
     hidden: int,
     proj_size: int = 0,
     bidirectional: bool = False,
+    heads: int = 1,
+    regularised: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
 ) -> str:
     """Which CUDA kernel runs the recurrence of one layer, forward and backward, and why not the others.
 
     Args:
-        kind: "rnn", "gru", "lstm"
+        kind: "rnn", "gru", "lstm" or another name in seqkern.ops.CELLS
         steps, batch, hidden: T, B and H of the layer; of a stack, of each layer
+        heads: of an sLSTM
+        regularised: zoneout, dropout within the recurrence or clipping
         device: a GPU of FACTS, such as "h100"; None: the current device
     Returns:
         lines for reading: per pass the tier chosen, the others with their estimates, and those that cannot
@@ -65,9 +70,11 @@ def plan(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    for name, size in (("steps", steps), ("batch", batch), ("hidden", hidden)):
+    for name, size in (("steps", steps), ("batch", batch), ("hidden", hidden), ("heads", heads)):
         if size < 1:
             raise ValueError(f"{name}: expected 1 or more, got {size}")
+    if heads > 1 and (not CELLS.get(kind, CELLS["lstm"]).has_heads or hidden % heads):
+        raise ValueError(f"heads: expected 1, or for slstm a divisor of hidden = {hidden}, got {heads}")
     if device is not None and device not in FACTS:
         raise ValueError(f"device: expected one of {', '.join(FACTS)} or None, got {device!r}")
     if not hasattr(_extension._C, "cuda_plan"):
@@ -76,7 +83,8 @@ def plan(
         raise RuntimeError(f"plan: expected a device, one of {', '.join(FACTS)}: there is none here")
     facts = FACTS[device] if device is not None else facts_of(torch.cuda.current_device())
     tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
-    sizes = (steps, batch, hidden, proj_size or hidden, 2 if bidirectional else 1)
+    units = hidden // heads  # a head is planned as a direction
+    sizes = (steps, batch, units, proj_size or units, (2 if bidirectional else 1) * heads, regularised)
     dtype_name = str(dtype).removeprefix("torch.")
     texts = []
     for way in PASSES:
@@ -93,6 +101,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=1024, metavar="T")
     parser.add_argument("--proj-size", type=int, default=0, metavar="P")
     parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--heads", type=int, default=1, metavar="N")
+    parser.add_argument("--regularised", action="store_true")
     dtypes = ("float32", "float64", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32")
     parser.add_argument("--device", choices=FACTS, help="the GPU to plan for; the current one by default")

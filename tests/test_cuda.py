@@ -409,7 +409,7 @@ class Cut:
     def plans(self) -> list[tuple[int, ...]] | None:
         """Forward's and backward's: blocks, rows, tiles, splits, KiB, jobs at a time, of all. None: none."""
         case = self.case
-        sizes = (case.T, case.B, case.H, case.P, case.D)
+        sizes = (case.T, case.B, case.H, case.P, case.D, False)
         found = []
         for way in ("forward", "backward"):
             dtype = str(case.dtype).removeprefix("torch.")

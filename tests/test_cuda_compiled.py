@@ -22,7 +22,7 @@ RECORDED = Path(__file__).with_name("cuda_resources.json")
 PRODUCTS = ("f16", "bf16", "tf32", "tf32x3")
 KERNEL = re.compile(
     r"Function _ZN7seqkern4cuda\d+(?P<way>forward|backward)_kernelINS(?P<regular>0_7RegularINS)?\S*?"
-    r"\d(?P<cell>Lstm|Gru|Rnn|PeepholeLstm|CifgLstm|Slstm)Cell\S*?"
+    r"\d(?P<cell>Lstm|Gru|Rnn|PeepholeLstm|CifgLstm|Slstm|GruResetBefore|Mgu|NestedLstm|NestedGru)Cell\S*?"
     r"LNS0_7ProductE(?P<product>\d)ELb(?P<grid>[01])ELb(?P<projected>[01])ELi(?P<items>\d)E\S*:"
     r"\s*REG:(?P<registers>\d+) STACK:(?P<stack>\d+)"
 )
@@ -53,7 +53,7 @@ def resources(extension: Path) -> dict[str, dict[str, int]]:
         assert arch is not None
         for k in KERNEL.finditer(part):
             exchange = "grid" if k["grid"] == "1" else "shared"
-            cell = re.sub(r"(?<!^)Lstm", "_lstm", k["cell"]).lower()
+            cell = re.sub(r"(?<!^)([A-Z])", r"_\1", k["cell"]).lower()
             cell += " regularised" if k["regular"] else " projected" if k["projected"] == "1" else ""
             name = f"{arch[1]} {cell} {k['way']} {PRODUCTS[int(k['product'])]} {exchange} {k['items']}"
             found[name] = {"registers": int(k["registers"]), "stack": int(k["stack"])}
@@ -93,7 +93,10 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
         for items in (1, 2)
     }
     # Those that regularise are fewer: launch.cuh.
-    names = ("lstm", "gru", "rnn", "peephole_lstm", "cifg_lstm", "slstm")
+    names = (
+        *("lstm", "gru", "rnn", "peephole_lstm", "cifg_lstm", "slstm"),
+        *("gru_reset_before", "mgu", "nested_lstm", "nested_gru"),
+    )
     expected |= {
         f"{arch} {cell} regularised {way} {product} {exchange} 2"
         for arch in archs

@@ -6,7 +6,7 @@ import torch
 import seqkern
 from seqkern import __main__ as command_line
 from seqkern import _extension
-from seqkern.plan import FACTS
+from seqkern.plan import FACTS, KINDS
 
 needs_planner = pytest.mark.skipif(
     not hasattr(_extension._C, "cuda_plan"), reason="the extension has no CUDA planner"
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @needs_planner
 @pytest.mark.parametrize("device", FACTS)
-@pytest.mark.parametrize("kind", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_plan_names_both_passes(kind: str, dtype: torch.dtype, device: str) -> None:
     text = seqkern.plan(kind, **CASE | {"dtype": dtype}, device=device)
@@ -35,6 +35,35 @@ def test_clusters_are_for_who_has_them() -> None:
     with_clusters, without = (seqkern.plan("lstm", **small, device=device) for device in ("h200", "a100"))
     assert "never:  cluster, sm_80 has no clusters" in without
     assert "never:  cluster" not in with_clusters
+
+
+@needs_planner
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("layer_norm_gru", {}, "layer_norm_gru normalises rows"),
+        ("indrnn_relu", {}, "indrnn_relu has no product"),
+        ("lstm", {"regularised": True, "proj_size": 64}, "a projection's kernels do not regularise"),
+    ],
+)
+def test_what_goes_step_by_step(kind: str, options: dict, reason: str) -> None:
+    text = seqkern.plan(kind, **CASE, **options, device="h100")
+    assert text.count("chosen: step") == 2 and text.count(f"never:  cluster, {reason}") == 2, text
+
+
+@needs_planner
+@pytest.mark.parametrize("kind", ["peephole_lstm", "cifg_lstm", "mgu", "gru_reset_before", "nested_gru"])
+def test_variants_take_one_launch(kind: str) -> None:
+    text = seqkern.plan(kind, **CASE | {"hidden": 256}, regularised=True, device="h100")
+    assert "chosen: step" not in text, text
+
+
+@needs_planner
+def test_heads_are_planned_as_directions() -> None:
+    text = seqkern.plan("slstm", **CASE | {"hidden": 1024}, heads=8, device="h100")
+    assert "16 of 16 jobs at a time" in text and "chosen: step" not in text, text
+    with pytest.raises(ValueError, match="heads: expected 1, or for slstm a divisor of hidden = 768, got 2"):
+        seqkern.plan("gru", **CASE, heads=2, device="h100")
 
 
 @needs_planner
@@ -62,7 +91,7 @@ def test_the_current_device_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("kind", "changed", "message"),
     [
-        ("mlp", {}, "kind: expected one of rnn, gru, lstm, got 'mlp'"),
+        ("mlp", {}, "kind: expected one of rnn, gru, lstm, peephole_lstm, .*, got 'mlp'"),
         ("gru", {"device": "tpu"}, "device: expected one of a100, h100, h200 or None, got 'tpu'"),
         ("gru", {"hidden": 0}, "hidden: expected 1 or more, got 0"),
     ],

@@ -523,5 +523,5 @@ def test_more_heads_than_the_kernels_take() -> None:
     with seqkern.use_backend("eager"):
         assert y.equal(layer(x)[0])
     if why_no_cpu_backend() is None:
-        with seqkern.use_backend("cpu"), pytest.raises(RuntimeError, match="up to 64 heads .* got 128"):
+        with seqkern.use_backend("cpu"), pytest.raises(RuntimeError, match=r"up to 64 heads .* got 128"):
             layer(x)

@@ -6,10 +6,15 @@
 //
 // A step is one *leg*: a matrix in place times a vector that the blocks of a group exchange, then
 // what happens to its results unit by unit. With a projection it is two legs; the results of each
-// are the vector of the other.
+// are the vector of the other. So it is with a cell's second product, of U (kernels.h's
+// matrix_shape).
 //   forward    W_hh h -> gates -> h                projected: W_hh h -> gates -> m;  W_hr m -> h
+//                                                  second:    W_hh h -> gates -> mid;
+//                                                             U mid -> gates -> h
 //   backward   W_hh^T dpre -> dh -> gates -> dpre  projected: W_hh^T dpre -> dh;
 //                                                             W_hr^T dh -> gates -> dpre
+//                                                  second:    W_hh^T dpre -> dh -> gates -> dpre';
+//                                                             U^T dpre' -> gates -> dpre
 #pragma once
 
 #include <cstdint>
@@ -66,7 +71,6 @@ struct LegShape {
 
 // What a cell, a pass and a projection make of the sizes.
 struct Shape {
-  int gates;  // W_hh's
   int slots;  // pre-activations
   int legs;
   LegShape leg[2];
@@ -85,15 +89,21 @@ SEQKERN_BOTH constexpr LegShape leg_shape(int64_t units, int m, int64_t vector_u
 constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pass, int64_t H, int64_t P,
                          bool projected, bool three) {
   Shape shape{};
-  shape.gates = cell_shape(cell).input_gates;
-  shape.slots = cell_shape(cell).slots;
-  shape.legs = projected ? 2 : 1;
+  const CellShape& of = cell_shape(cell);
+  shape.slots = of.slots;
+  shape.legs = projected || of.mid > 0 ? 2 : 1;
   if (pass == Pass::forward) {
-    shape.leg[0] = leg_shape(H, shape.gates, P, 1, element_bytes);
-    if (shape.legs == 2) shape.leg[1] = leg_shape(P, 1, H, 1, element_bytes);
+    shape.leg[0] = leg_shape(H, of.first_gates, P, 1, element_bytes);
+    if (of.mid > 0)
+      shape.leg[1] = leg_shape(H, of.mid_slots, H, of.mid, element_bytes);
+    else if (projected)
+      shape.leg[1] = leg_shape(P, 1, H, 1, element_bytes);
   } else {
-    shape.leg[0] = leg_shape(P, 1, H, shape.gates, element_bytes);
-    if (shape.legs == 2) shape.leg[1] = leg_shape(H, 1, P, 1, element_bytes);
+    shape.leg[0] = leg_shape(P, 1, H, of.first_gates, element_bytes);
+    if (of.mid > 0)
+      shape.leg[1] = leg_shape(H, of.mid, H, of.mid_slots, element_bytes);
+    else if (projected)
+      shape.leg[1] = leg_shape(H, 1, P, 1, element_bytes);
   }
   for (int i = 0; i < shape.legs; i++)
     shape.leg[i].register_chunks = register_chunks(shape.legs, i, shape.leg[i].m, three);

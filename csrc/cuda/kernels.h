@@ -99,6 +99,10 @@ struct Persistent {
 //   forward    0  W_hh [G, H, P]                1, with a projection  W_hr [1, P, H]
 //   backward   0  W_hh transposed [1, P, G*H],  1                     W_hr transposed [1, H, P]
 //                 gate g of unit u at k = (u / 16 * G + g) * 16 + u % 16
+// Leg 0 has W_hh's first gates only where a cell has a second product; then leg 1 is, of V [slots,
+// mid, H, H], which is the rest of W_hh or an inner cell's two matrices, zero where a slot has no
+// part:
+//   forward    V with (mid, unit) as k: [slots, H, mid*H]   backward   [mid, H, slots*H] likewise
 struct MatrixShape {
   int64_t rows, k;  // padded
 };
@@ -124,6 +128,10 @@ bool regularised_forward(const ForwardParams& params, const Persistent& persiste
 bool regularised_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 bool variant_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
 bool variant_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
+// And those of two products:
+bool two_products_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool two_products_backward(const BackwardParams& params, const Persistent& persistent,
+                           void* stream);
 
 // ---- step by step (stepwise.cu): launches per step, products between them; any cell and dtype
 // ----

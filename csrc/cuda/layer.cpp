@@ -115,8 +115,8 @@ class Call : public LayerCall {
                     a.keep_h,
                     a.keep_c,
                     a.candidate_scale,
-                    a.cell_clip,
-                    a.proj_clip};
+                    cell_clip,
+                    proj_clip};
     eps = a.eps;
     rows = {T, B, N, nullptr, nullptr};
     if (ragged) {
@@ -289,6 +289,31 @@ Planned plan(const Call& call, Pass pass, bool tf32) {
           facts.shared_bytes, forced != kFree};
 }
 
+// [m, numbers, rows, k] -> [m, rows, k'], k in tiles of 16, each with its numbers together.
+Tensor tiled(const Tensor& matrix) {
+  const int64_t m = matrix.size(0), numbers = matrix.size(1), rows = matrix.size(2);
+  if (numbers == 1) return matrix.select(1, 0);
+  const int64_t tiles = (matrix.size(3) + 15) / 16, more = tiles * 16 - matrix.size(3);
+  const Tensor whole = more == 0 ? matrix : at::constant_pad_nd(matrix, {0, more});
+  return whole.reshape({m, numbers, rows, tiles, 16})
+      .permute({0, 2, 3, 1, 4})
+      .reshape({m, rows, tiles * numbers * 16});
+}
+
+// What a cell's second product multiplies by, [slots, mid, H, H].
+Tensor second_matrix(const Call& call, const LayerCall::Direction& w) {
+  const int64_t H = call.H, first = call.shape.first_gates;
+  if (call.shape.mid == 1) return w.w_hh.narrow(0, first * H, H).view({1, 1, H, H});
+  const int64_t slots = call.shape.mid_slots, apart = slots - call.shape.hidden_gates;
+  const Tensor both = at::zeros({slots, 2, H, H}, call.options);
+  const Tensor of_x = w.own[0].view({call.G, H, H}), of_h = w.own[1].view({call.G, H, H});
+  for (int64_t slot = 0; slot < call.G; slot++) {
+    both.select(0, slot).select(0, 0).copy_(of_x.select(0, (slot + call.shape.rotation) % call.G));
+    both.select(0, slot + apart).select(0, 1).copy_(of_h.select(0, slot));
+  }
+  return both;
+}
+
 // The matrix of direction d and a leg, laid out as kernels.h says.
 Tensor matrix_of(const Call& call, const PlanRequest& request, int64_t d, int leg) {
   const LayerCall::Direction& w = call.directions[size_t(d)];
@@ -299,16 +324,15 @@ Tensor matrix_of(const Call& call, const PlanRequest& request, int64_t d, int le
                      ? matrix
                      : at::constant_pad_nd(matrix, {0, more_k, 0, more_rows}));
   };
-  if (request.pass == Pass::forward)
-    return padded(leg == 0 ? w.w_hh.view({call.G, call.H, call.P}) : w.w_hr);
-  if (leg == 1) return padded(w.w_hr.t());
-  // Tiles of 16 units, each with its gates together.
-  const int64_t tiles = (call.H + 15) / 16, more = tiles * 16 - call.H;
-  Tensor gates = w.w_hh.view({call.G, call.H, call.P});
-  if (more != 0) gates = at::constant_pad_nd(gates, {0, 0, 0, more});
-  return padded(gates.view({call.G, tiles, 16, call.P})
-                    .permute({3, 1, 0, 2})
-                    .reshape({call.P, tiles * call.G * 16}));
+  const bool forward = request.pass == Pass::forward;
+  if (leg == 0) {
+    const int64_t gates = call.gates_of(0);
+    const Tensor matrix = w.w_hh.narrow(0, 0, gates * call.H).view({gates, call.H, call.P});
+    return padded(forward ? matrix : tiled(matrix.transpose(1, 2).unsqueeze(0)));
+  }
+  if (call.projected) return padded(forward ? w.w_hr : w.w_hr.t());
+  const Tensor matrix = second_matrix(call, w);
+  return padded(tiled(forward ? matrix : matrix.permute({1, 0, 3, 2})));
 }
 
 // A persistent launch, and the memory it needs.
@@ -318,7 +342,7 @@ struct Prepared {
     persistent.tf32 = one_tf32(planned.request);
     persistent.shared_limit = planned.shared_limit;
     for (int64_t way = 0; way < call.ways(); way++) {
-      for (int leg = 0; leg < (call.projected ? 2 : 1); leg++) {
+      for (int leg = 0; leg < (call.projected || call.shape.mid > 0 ? 2 : 1); leg++) {
         std::vector<Tensor> of_heads;
         for (int64_t n = 0; n < call.heads; n++)
           of_heads.push_back(matrix_of(call, planned.request, way * call.heads + n, leg));

@@ -78,6 +78,24 @@ __host__ __device__ constexpr int stored_slot(int slot) {
                                       : first + (at + Cell::kGates - 1) % Cell::kGates;
 }
 
+// A cell's first product, and, where it has one, its second, of `kMid` numbers per unit forward.
+//   kFirst, kFirstSlot   the first one's gates, of slots from there on
+//   kSecond              rows of tiles of the second's matrix
+//   kMidPlane, kNumbers  of the gradients that backward gives to it
+template <class Cell, class = void>
+struct ProductsOf {
+  static constexpr int kFirst = Cell::kGates, kFirstSlot = Cell::kSlots - Cell::kGates;
+  static constexpr int kMid = 0, kSecond = 1, kMidPlane = 0, kNumbers = 1;
+  static constexpr int kPlanes = Cell::kSlots + Cell::kOwn;
+};
+template <class Cell>
+struct ProductsOf<Cell, std::void_t<decltype(Cell::kMid)>> {
+  static constexpr int kFirst = Cell::kFirst, kFirstSlot = Cell::kFirstSlot;
+  static constexpr int kMid = Cell::kMid, kSecond = Cell::kSecond;
+  static constexpr int kMidPlane = kMid == 1 ? kFirst : Cell::kSlots, kNumbers = kSecond;
+  static constexpr int kPlanes = Cell::kPlanes;
+};
+
 // Steps of batch row b.
 __device__ __forceinline__ int64_t length_of(const Rows& rows, int64_t b) {
   if (rows.lengths == nullptr) return rows.T;

@@ -41,7 +41,6 @@ std::string format(const char* text, ...) {
 // Why no persistent kernel can run it, or "".
 std::string no_persistent(const PlanRequest& r, const Facts& facts) {
   const CellShape& shape = cell_shape(r.cell);
-  if (shape.mid > 0) return format("%s has a second product", shape.name);
   if (shape.rows) return format("%s normalises rows", shape.name);
   if (shape.hidden_gates == 0) return format("%s has no product", shape.name);
   if (r.projected && r.regularised) return "a projection's kernels do not regularise";
@@ -85,8 +84,10 @@ double step_us(const PlanRequest& r, const Shape& shape, const Plan& plan) {
 
 Plan step_plan(const PlanRequest& r) {
   Plan plan;
-  const double work = 2.0 * double(r.B) * double(r.H) * double(r.P) * 4;
-  plan.step_us = double(r.D) * (2 * kLaunchUs + work / 200e6) * (r.projected ? 2 : 1);
+  const CellShape& shape = cell_shape(r.cell);
+  const double work = 2.0 * double(r.D * r.B) * double(r.H) * double(r.P) * 4;
+  plan.step_us = (2 * kLaunchUs + work / 200e6) * (r.projected || shape.mid > 0 ? 2 : 1);
+  if (shape.hidden_gates == 0) plan.step_us = kLatencyCycles / (kClockGHz * 1e3);
   return plan;
 }
 
@@ -159,7 +160,10 @@ std::string explain(const PlanRequest& r, const Facts& facts) {
     seen[count++] = plan.tier;
     const int most = plan.tiles[1] > plan.tiles[0];
     text += count == 1 ? "chosen: " : "not:    ";
-    if (plan.tier == Tier::step)
+    if (plan.tier == Tier::step && cell_shape(r.cell).hidden_gates == 0)
+      text +=
+          format("step, all in one launch, each unit by itself, ~%.1f us a step\n", plan.step_us);
+    else if (plan.tier == Tier::step)
       text += format("step, a product and a launch per step, ~%.1f us a step\n", plan.step_us);
     else
       text += format(

@@ -54,7 +54,7 @@ struct Plan {
   Tier tier = Tier::step;
   int blocks = 0;      // of one group: the blocks that share a direction and a slice of the batch
   int groups = 0;      // that run at a time; they take the D * slices in turn
-  int tiles[2] = {};   // [leg, see cut.h: the second with a projection] of 16 units, per block
+  int tiles[2] = {};   // [leg, see cut.h] of 16 units, per block
   int splits[2] = {};  // [leg] warps that share a tile's sum over k
   int batch = 0;       // rows of a slice, a multiple of 8
   int slices = 0;      // of the batch, per direction

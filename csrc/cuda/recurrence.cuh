@@ -177,13 +177,13 @@ __device__ __forceinline__ float entering(const LayerParams& p, int64_t i) {
   return scale == nullptr ? 1.0f : widen(scale[i]);
 }
 
-// Stands for what a layer without a projection has no need of.
+// Stands for what a layer of one leg has no need of.
 struct Nothing {
   template <class... Any>
   __device__ explicit Nothing(const Any&...) {}
 };
-template <bool kProjected, class T>
-using IfProjected = std::conditional_t<kProjected, T, Nothing>;
+template <bool kWanted, class T>
+using If = std::conditional_t<kWanted, T, Nothing>;
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -193,17 +193,22 @@ __global__ void __launch_bounds__(kThreads, 1)
                    const __grid_constant__ SharedLayout at) {
   constexpr int G = Cell::kGates, kSlots = Cell::kSlots, kSaved = Cell::kSaved;
   constexpr int kStates = Cell::kStates - 1, kKept = kKeptValues<Cell>;
-  constexpr int kLegs = kProjected ? 2 : 1;
+  using Of = ProductsOf<Cell>;
+  constexpr int kMid = Of::kMid;
+  constexpr bool kTwoLegs = kProjected || kMid > 0;
+  constexpr int kLegs = kTwoLegs ? 2 : 1;
   constexpr bool kRegular = kIsRegular<Cell>;
-  static_assert(!kRegular || !kProjected);
+  static_assert(!kProjected || !kRegular);
+  static_assert(kMid == 0 || kRegular);
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
   Vector<S, kProduct, 1, kGrid> hidden(cut, 0, place, shared, at);
-  Matrix<S, kProduct, kLegs, 0, G> w_hh(cut, place, shared, at);
-  IfProjected<kProjected, Vector<S, kProduct, 1, kGrid>> unprojected(cut, 1, place, shared, at);
-  IfProjected<kProjected, Matrix<S, kProduct, kLegs, 1, 1>> w_hr(cut, place, shared, at);
+  Matrix<S, kProduct, kLegs, 0, Of::kFirst> w_hh(cut, place, shared, at);
+  // What lies between the legs: h before its projection, or mid.
+  If<kTwoLegs, Vector<S, kProduct, kAtLeastOne<kMid>, kGrid>> middle(cut, 1, place, shared, at);
+  If<kTwoLegs, Matrix<S, kProduct, kLegs, 1, Of::kSecond>> w_second(cut, place, shared, at);
   hidden.watch(w_hh.chunk0, w_hh.chunks);
-  if constexpr (kProjected) unprojected.watch(w_hr.chunk0, w_hr.chunks);
+  if constexpr (kTwoLegs) middle.watch(w_second.chunk0, w_second.chunks);
   float* const bias = reinterpret_cast<float*>(shared + at.bias);  // [units][kSlots]
   const int units = cut.leg[0].tiles * kTile;
   const int64_t B = p.rows.B, N = p.rows.N;
@@ -217,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (d != loaded) {
       loaded = d;
       w_hh.load(way, head);
-      if constexpr (kProjected) w_hr.load(way, head);
+      if constexpr (kTwoLegs) w_second.load(way, head);
       const S* b_ih = static_cast<const S*>(p.b_ih[way]);
       const S* b_hh = static_cast<const S*>(p.b_hh[way]);
       if (kHasHeads<Cell> && b_ih != nullptr) b_ih += head * G * H;
@@ -232,6 +237,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (u < H && b_hh != nullptr && slot >= kSlots - G)
           sum += widen(b_hh[(slot - (kSlots - G)) * H + u]);
         bias[i] = sum;
+        if constexpr (kMid == 2) {  // an inner cell's
+          const S* const inner_ih = static_cast<const S*>(p.own[way][2]);
+          const S* const inner_hh = static_cast<const S*>(p.own[way][3]);
+          float inner = 0;
+          if (u < H && inner_ih != nullptr && slot < G)
+            inner += widen(inner_ih[stored_slot<Cell>(slot) * H + u]);
+          if (u < H && inner_hh != nullptr && slot >= kSlots - G)
+            inner += widen(inner_hh[(slot - (kSlots - G)) * H + u]);
+          bias[kSlots * units + i] = inner;
+        }
       }
       __syncthreads();
     }
@@ -243,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto h_item = [&](int i, Item& item) {
       if constexpr (kProjected)
-        return item_of(w_hr, job.first_row, B, P, i, item);
+        return item_of(w_second, job.first_row, B, P, i, item);
       else
         return gate_item(i, item);
     };
@@ -251,14 +266,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     float own[kItems][kAtLeastOne<Cell::kOwn>], scale[kRegular ? kItems : 1];
     int length[kItems] = {},
         h_length_[kProjected ? kItems : 1] = {};  // 0 also where nothing is there
-    int h_route[kItems] = {}, m_route[kProjected ? kItems : 1] = {};
+    int h_route[kItems] = {}, m_route[kTwoLegs ? kItems : 1] = {};
     const auto h_length = [&](int i) { return kProjected ? h_length_[i] : length[i]; };
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       Item item;
       const bool gated = gate_item(i, item);
-      if constexpr (kProjected)
-        if (gated) m_route[i] = unprojected.route(item.tile, item.n);
+      if constexpr (kTwoLegs)
+        if (gated) m_route[i] = middle.route(item.tile, item.n);
       if (gated && item.there) {
         length[i] = int(length_of(p.rows, item.b));
 #pragma unroll
@@ -282,6 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     S x[kItems][G], given[kItems] = {}, saved_[kItems][kKept + 1];
     int bits[kRegular ? kItems : 1] = {};
+    // From a cell's beginning to its end.
+    float begun[kMid > 0 ? kItems : 1][kSaved + 1], begun_pre[kMid > 0 ? kItems : 1][kSlots];
     int row[kItems] = {};  // of the step before
     const S* const gx = static_cast<const S*>(p.gx) + d * N * G * H;
     S* const y = static_cast<S*>(p.y) + d * P;
@@ -318,6 +335,23 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
 
+    // What regularisers make of the states that a step has made, and all that is kept of it.
+    // Returns h as it enters the next product.
+    [[maybe_unused]] const auto blend = [&](int i, const KeptOf<Cell>& kept, float made_h,
+                                            const float* made, const float* saved) {
+      if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(made_h);
+      h[i] = kept.h * h[i] + (1 - kept.h) * made_h;
+#pragma unroll
+      for (int k = 0; k < kStates; k++) {
+        state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
+        saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
+      given[i] = narrow<S>(h[i]);
+      return h[i] * scale[i];
+    };
+
     for (int s = 0;; s++) {
       // While the others' part of the vector is on its way: a step's numbers from memory are asked
       // for, those of the step before are written to it.
@@ -339,9 +373,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         Item item;
         if (!gate_item(i, item)) continue;
         float value = h[i];
+        [[maybe_unused]] float mid[kAtLeastOne<kMid>] = {};
         if (s < length[i]) {
           const int unit = item.which * kTile + place.lane % kTile;
-          float pre[kSlots], saved[kSaved + 1], w_hh_h[G];
+          float pre[kSlots], saved[kSaved + 1], w_hh_h[Of::kFirst];
           if constexpr (kSlots == 4) {
             const float4 four = reinterpret_cast<const float4*>(bias)[unit];
             pre[0] = four.x, pre[1] = four.y, pre[2] = four.z, pre[3] = four.w;
@@ -353,45 +388,73 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int slot = 0; slot < kSlots; slot++) {
             if (slot < G) pre[slot] += widen(x[i][stored_slot<Cell>(slot)]);
-            if (slot >= kSlots - G) pre[slot] += w_hh_h[slot - (kSlots - G)];
+            if (slot >= Of::kFirstSlot && slot < Of::kFirstSlot + Of::kFirst)
+              pre[slot] += w_hh_h[slot - Of::kFirstSlot];
           }
-          if constexpr (kRegular) {
+          if constexpr (kMid > 0) {
+            const KeptOf<Cell> kept(p.regularisers, bits[i]);
+            Cell::begin(pre, h[i], h[i] * scale[i], state[i], kept.within, begun[i], mid);
+#pragma unroll
+            for (int slot = 0; slot < kSlots; slot++) begun_pre[i][slot] = pre[slot];
+          } else if constexpr (kRegular) {
             const KeptOf<Cell> kept(p.regularisers, bits[i]);
             float made[kAtLeastOne<kStates>];
 #pragma unroll
             for (int k = 0; k < kStates; k++) made[k] = state[i][k];
             value = gates<Cell>(p.cell, pre, h[i], made, own[i], kept.within, saved);
-            if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(value);
-            value = kept.h * h[i] + (1 - kept.h) * value;
-#pragma unroll
-            for (int k = 0; k < kStates; k++) {
-              state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
-              saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
-            }
+            value = blend(i, kept, value, made, saved);
           } else {
             value = gates<Cell>(p.cell, pre, h[i], state[i], own[i], Unregularised{}, saved);
-          }
-          if constexpr (!kProjected) h[i] = value;
+            if constexpr (!kProjected) h[i] = value;
 #pragma unroll
-          for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
-          given[i] = narrow<S>(value);
-          if constexpr (kRegular) value *= scale[i];
+            for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
+            given[i] = narrow<S>(value);
+          }
         } else if constexpr (kRegular) {
           if (item.there) value *= scale[i];
         }
         if constexpr (kProjected)
-          unprojected.send(m_route[i], item.tile, {s < length[i] ? value : 0.0f});
+          middle.send(m_route[i], item.tile, {s < length[i] ? value : 0.0f});
+        else if constexpr (kMid > 0)
+          middle.send(m_route[i], item.tile, mid);
         else if (goes_on)
           hidden.send(h_route[i], item.tile, {value});
       }
+      if constexpr (kMid > 0) {
+        middle.publish();
+        w_second.multiply(middle);
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          float value = h[i];
+          if (s < length[i]) {
+            const KeptOf<Cell> kept(p.regularisers, bits[i]);
+            float second[Of::kSecond], made[kAtLeastOne<kStates>];
+            sums_of(w_second, item, second);
+            const int unit = item.which * kTile + place.lane % kTile;
+            if constexpr (kMid == 2)
+#pragma unroll
+              for (int slot = 0; slot < kSlots; slot++)
+                second[slot] += bias[kSlots * units + unit * kSlots + slot];
+#pragma unroll
+            for (int k = 0; k < kStates; k++) made[k] = state[i][k];
+            value = Cell::end(begun_pre[i], second, h[i], made, kept.within, begun[i]);
+            value = blend(i, kept, value, made, begun[i]);
+          } else if (item.there) {
+            value *= scale[i];
+          }
+          if (goes_on) hidden.send(h_route[i], item.tile, {value});
+        }
+      }
       if constexpr (kProjected) {
-        unprojected.publish();
-        w_hr.multiply(unprojected);
+        middle.publish();
+        w_second.multiply(middle);
 #pragma unroll
         for (int i = 0; i < kItems; i++) {
           Item item;
           if (!h_item(i, item)) continue;
-          if (s < h_length(i)) h[i] = sum_of(w_hr, item);
+          if (s < h_length(i)) h[i] = sum_of(w_second, item);
           if (goes_on) hidden.send(h_route[i], item.tile, {h[i]});
         }
       }
@@ -420,19 +483,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ SharedLayout at) {
   constexpr int G = Cell::kGates, kSlots = Cell::kSlots, kSaved = Cell::kSaved;
   constexpr int kStates = Cell::kStates - 1, kKept = kKeptValues<Cell>;
-  constexpr int kPlanes = kSlots + Cell::kOwn;
-  constexpr int kLegs = kProjected ? 2 : 1;
+  using Of = ProductsOf<Cell>;
+  constexpr int kPlanes = Of::kPlanes, kMid = Of::kMid;
+  constexpr bool kTwoLegs = kProjected || kMid > 0;
+  constexpr int kLegs = kTwoLegs ? 2 : 1;
   constexpr bool kRegular = kIsRegular<Cell>;
   constexpr bool kNeedsH = Cell::kNeedsH, kNeedsHPrev = Cell::kNeedsHPrev;
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
-  Vector<S, kProduct, G, kGrid> dpre_h(cut, 0, place, shared, at);
-  Matrix<S, kProduct, kLegs, 0, 1> w_hh(cut, place, shared, at);  // transposed
-  IfProjected<kProjected, Vector<S, kProduct, 1, kGrid>> dh_all(cut, 1, place, shared, at);
-  IfProjected<kProjected, Matrix<S, kProduct, kLegs, 1, 1>> w_hr(cut, place, shared,
-                                                                 at);  // transposed
+  Vector<S, kProduct, Of::kFirst, kGrid> dpre_h(cut, 0, place, shared, at);
+  Matrix<S, kProduct, kLegs, 0, 1> w_hh(cut, place, shared, at);  // transposed, as is the other
+  // All that reaches h, or the gradients of what the second product gave.
+  If<kTwoLegs, Vector<S, kProduct, Of::kNumbers, kGrid>> middle(cut, 1, place, shared, at);
+  If<kTwoLegs, Matrix<S, kProduct, kLegs, 1, kAtLeastOne<kMid>>> w_second(cut, place, shared, at);
   dpre_h.watch(w_hh.chunk0, w_hh.chunks);
-  if constexpr (kProjected) dh_all.watch(w_hr.chunk0, w_hr.chunks);
+  if constexpr (kTwoLegs) middle.watch(w_second.chunk0, w_second.chunks);
   const int64_t B = p.rows.B, N = p.rows.N;
   const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
   const int kept_values = kRegular ? p.saved : kKept;
@@ -443,7 +508,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t d = job.d, way = way_of<Cell>(p, d), head = head_of<Cell>(p, d);
     if (d != loaded) {
       w_hh.load(way, head);
-      if constexpr (kProjected) w_hr.load(way, head);
+      if constexpr (kTwoLegs) w_second.load(way, head);
     }
     loaded = d;
 
@@ -452,7 +517,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto gate_item = [&](int i, Item& item) {
       if constexpr (kProjected)
-        return item_of(w_hr, job.first_row, B, H, i, item);
+        return item_of(w_second, job.first_row, B, H, i, item);
       else
         return h_item(i, item);
     };
@@ -460,14 +525,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     float dh[kItems] = {}, dstate[kItems][kAtLeastOne<kStates>] = {};
     float own[kItems][kAtLeastOne<Cell::kOwn>], scale[kRegular ? kItems : 1];
     int length[kItems] = {}, h_length_[kProjected ? kItems : 1] = {};
-    int dpre_route[kItems] = {}, dh_route[kProjected ? kItems : 1] = {};
+    int dpre_route[kItems] = {}, middle_route[kTwoLegs ? kItems : 1] = {};
     const auto h_length = [&](int i) { return kProjected ? h_length_[i] : length[i]; };
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
       Item item;
       const bool has_h = h_item(i, item);
-      if constexpr (kProjected)
-        if (has_h) dh_route[i] = dh_all.route(item.tile, item.n);
+      if constexpr (kTwoLegs)
+        if (has_h) middle_route[i] = middle.route(item.tile, item.n);
       if (has_h && item.there) {
         if constexpr (kProjected) h_length_[i] = int(length_of(p.rows, item.b));
         if (p.dh_n != nullptr)
@@ -493,6 +558,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     static_assert(!kNeedsHPrev || kStates == 0);
     S dy[kItems], saved_[kItems][kSaved + 1], now[kItems], before[kItems][kAtLeastOne<kStates>];
     S all_[kProjected ? kItems : 1] = {}, dpre_[kItems][kPlanes];
+    S mid_[kMid > 0 ? kItems : 1][kAtLeastOne<kMid>];
+    float carry[kMid > 0 ? kItems : 1][1] = {};  // from a cell's end to its beginning
     int bits[kRegular ? kItems : 1] = {};
     int row[kItems] = {};  // of the step before this one in time, which is s + 1
     const S* const dy_rows = p.dy == nullptr ? nullptr : static_cast<const S*>(p.dy) + d * P;
@@ -538,6 +605,12 @@ __global__ void __launch_bounds__(kThreads, 1)
           before[i][k] = static_cast<const S*>(p.state0[k])[(d * B + item.b) * H + item.u];
       }
     };
+    const auto load_saved = [&](int i, float* saved, float* prev) {
+#pragma unroll
+      for (int k = 0; k < kSaved; k++) saved[k] = widen(saved_[i][k]);
+#pragma unroll
+      for (int k = 0; k < kStates; k++) prev[k] = widen(before[i][k]);
+    };
     const auto store = [&](int s, int i, int at) {
       Item item;
       if constexpr (kProjected) {
@@ -552,6 +625,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       S* const to = dpre_rows + int64_t(at) * (kPlanes * H) + item.u;
 #pragma unroll
       for (int slot = 0; slot < kPlanes; slot++) to[stored_slot<Cell>(slot) * H] = dpre_[i][slot];
+#pragma unroll
+      for (int k = 0; k < kMid; k++)
+        static_cast<S*>(p.mid_rows[k])[(d * N + at) * H + item.u] = mid_[i][k];
     };
 
     for (int s = job.steps - 1;; s--) {
@@ -579,20 +655,71 @@ __global__ void __launch_bounds__(kThreads, 1)
             dh[i] = 0;
             all_[i] = narrow<S>(all);
           }
-          dh_all.send(dh_route[i], item.tile, {all});
+          middle.send(middle_route[i], item.tile, {all});
         }
-        dh_all.publish();
-        w_hr.multiply(dh_all);
+        middle.publish();
+        w_second.multiply(middle);
+      }
+      if constexpr (kMid > 0) {
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          float from_mid[Of::kNumbers] = {};
+          if (s < length[i]) {
+            float all = dh[i] + sum_of(w_hh, item) * scale[i];
+            if (p.dy != nullptr) all += widen(dy[i]);
+            const KeptOf<Cell> kept(p.regularisers, bits[i]);
+            float saved[kSaved], dpre[kPlanes], prev[kAtLeastOne<kStates>];
+            float made[kAtLeastOne<kStates>];
+            load_saved(i, saved, prev);
+#pragma unroll
+            for (int k = 0; k < kStates; k++) made[k] = (1 - kept.c) * dstate[i][k];
+            const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
+            Cell::end_backward((1 - kept.h) * all, made, saved, h_prev, prev, kept.within, dpre,
+                               carry[i], dh[i]);
+            dh[i] += kept.h * all;
+#pragma unroll
+            for (int k = 0; k < kStates; k++) dstate[i][k] = made[k] + kept.c * dstate[i][k];
+#pragma unroll
+            for (int k = Cell::kEndPlane; k < kPlanes; k++) {
+              dpre_[i][k] = narrow<S>(dpre[k]);
+              if (k >= Of::kMidPlane && k < Of::kMidPlane + Of::kNumbers)
+                from_mid[k - Of::kMidPlane] = dpre[k];
+            }
+          }
+          middle.send(middle_route[i], item.tile, from_mid);
+        }
+        middle.publish();
+        w_second.multiply(middle);
       }
 #pragma unroll
       for (int i = 0; i < kItems; i++) {
         Item item;
         if (!gate_item(i, item)) continue;
-        float from_h[G] = {};
-        if (s < length[i]) {
+        float from_h[Of::kFirst] = {};
+        if constexpr (kMid > 0) {
+          if (s < length[i]) {
+            const KeptOf<Cell> kept(p.regularisers, bits[i]);
+            float saved[kSaved], dpre[kPlanes], prev[kAtLeastOne<kStates>], dmid[kMid], mid[kMid];
+            load_saved(i, saved, prev);
+            sums_of(w_second, item, dmid);
+            const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
+            Cell::begin_backward(dmid, dstate[i], saved, h_prev, h_prev * scale[i], scale[i], prev,
+                                 kept.within, carry[i], dpre, dh[i], mid);
+#pragma unroll
+            for (int k = 0; k < kMid; k++) mid_[i][k] = narrow<S>(mid[k]);
+#pragma unroll
+            for (int k = 0; k < kSlots; k++) {
+              if (k < Cell::kEndPlane) dpre_[i][k] = narrow<S>(dpre[k]);
+              if (k >= Of::kFirstSlot && k < Of::kFirstSlot + Of::kFirst)
+                from_h[k - Of::kFirstSlot] = widen(dpre_[i][k]);
+            }
+          }
+        } else if (s < length[i]) {
           float all;
           if constexpr (kProjected) {
-            all = sum_of(w_hr, item);
+            all = sum_of(w_second, item);
           } else {
             if constexpr (kRegular)
               all = dh[i] + sum_of(w_hh, item) * scale[i];
@@ -601,10 +728,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (p.dy != nullptr) all += widen(dy[i]);
           }
           float saved[kSaved + 1], dpre[kPlanes], prev[kAtLeastOne<kStates>];
-#pragma unroll
-          for (int k = 0; k < kSaved; k++) saved[k] = widen(saved_[i][k]);
-#pragma unroll
-          for (int k = 0; k < kStates; k++) prev[k] = widen(before[i][k]);
+          load_saved(i, saved, prev);
           const float h_now = kNeedsH ? widen(now[i]) : 0.0f;
           const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
           float past;
