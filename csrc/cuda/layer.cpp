@@ -83,6 +83,13 @@ const void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
+// Per unit, what is summed over all rows for own parameters. Of normalised rows these are products
+// here: for both gains, what the biases share, and an LSTM's gain and bias of c or a GRU's W_hn h.
+int64_t summands(const CellShape& shape) {
+  if (!shape.rows) return shape.sums;
+  return 3 * shape.input_gates + (shape.states > 1 ? 2 : 1);
+}
+
 // One layer's call: its arguments as the kernels want them.
 class Call : public LayerCall {
  public:
@@ -92,7 +99,7 @@ class Call : public LayerCall {
         compute(dtype_of(x) == Dtype::f64 ? at::kDouble : at::kFloat),
         stream(current_stream(x.device())),
         N(rows_of_x()),
-        planes(shape.slots + shape.sums),
+        planes(shape.slots + summands(shape)),
         device(x.is_cpu() ? 0 : int(x.get_device())) {
     use_device(device);
     x_rows = x.reshape({N, I});
