@@ -452,7 +452,12 @@ CIFG = [torch.zeros(12, 4), torch.zeros(12, 4), None, None, None]
         (("mgu", X, None, MGU), {"cell_clip": 1.0}, ValueError, "cell_clip: expected None"),
         (("cifg_lstm", X, None, CIFG), {"update_gate": "replace"}, ValueError, "expected 'keep' for cifg"),
         (("gru", X, None, CIFG), {"update_gate": "z"}, ValueError, "expected 'keep' or 'replace'"),
-        (("cifg_lstm", X, None, CIFG), {"backend": "triton"}, RuntimeError, "triton has no kernel for recurrent"),
+        (
+            ("cifg_lstm", X, None, CIFG),
+            {"backend": "triton"},
+            RuntimeError,
+            "triton has no kernel for recurrent",
+        ),
     ],
 )
 def test_errors(arguments: tuple, options: dict, error: type, message: str) -> None:
