@@ -12,15 +12,15 @@
 
 namespace seqkern::cuda {
 
-// kSaved: the values of the reserve that a step makes, the normalised W_hh h [kGates], then the
-// gates'; the normalised W_ih x, [kGates], lies before them. kRowPlanes, of dpre:
+// kSaved: the gates' values of the reserve; the normalised W_ih x and W_hh h, of [kGates] each, lie
+// before them. kRowPlanes, of dpre:
 //   [G] W_ih x   [G] W_hh h   [G] its gain   [G] W_hh h's gain   [G] the pre-activations themselves
 //   an LSTM: the gain of c, its bias   a GRU: W_hh h's n itself
 template <class M>
 struct NormalisedLstmCell {
   using V = typename M::V;
   using Gates = LayerNormLstmCell<M>;
-  static constexpr int kGates = 4, kSlots = 4, kSaved = kGates + Gates::kSaved, kStates = 2;
+  static constexpr int kGates = 4, kSlots = 4, kSaved = Gates::kSaved, kStates = 2;
   static constexpr int kOwn = 0, kRowPlanes = 5 * kGates + 2;
   static constexpr bool kNeedsH = false, kNeedsHPrev = false;
 };
@@ -28,7 +28,7 @@ template <class M>
 struct NormalisedGruCell {
   using V = typename M::V;
   using Gates = GruCell<M>;
-  static constexpr int kGates = 3, kSlots = 3, kSaved = kGates + Gates::kSaved, kStates = 1;
+  static constexpr int kGates = 3, kSlots = 3, kSaved = Gates::kSaved, kStates = 1;
   static constexpr int kOwn = 0, kRowPlanes = 5 * kGates + 1;
   static constexpr bool kNeedsH = false, kNeedsHPrev = true;
 };

@@ -330,7 +330,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     // From a cell's beginning to its end.
     float begun[kMid > 0 ? kItems : 1][kSaved + 1], begun_pre[kMid > 0 ? kItems : 1][kSlots];
     int row[kItems] = {};  // of the step before
-    [[maybe_unused]] float rstd[kRows ? kItems : 1][2];
     const S* const gx = static_cast<const S*>(p.gx) + d * N * G * H;
     S* const y = static_cast<S*>(p.y) + d * P;
     S* const reserve =
@@ -360,14 +359,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (!kProjected) y[int64_t(at) * (D * H) + item.u] = given[i];
       if (reserve != nullptr) {
         S* to = reserve + int64_t(at) * (D * reserve_row) + item.u;
-        if constexpr (kRows) {
-          if (item.u == 0) {  // x's are there
-            float* const statistics = reinterpret_cast<float*>(to + kept_values * Hp);
-            statistics[1] = rstd[i][0];
-            if (kStates > 0) statistics[2] = rstd[i][1];
-          }
-          to += G * Hp;
-        }
+        if constexpr (kRows) to += 2 * G * Hp;
 #pragma unroll
         for (int k = 0; k < kKept; k++)
           if (k < kSaved || p.regularisers.on) to[k * Hp] = saved_[i][k];
@@ -409,19 +401,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool goes_on = s + 1 < job.steps;
       if constexpr (kRows) {
         using Gates = typename Cell::Gates;
-        float saved[kItems][kSaved];  // the normalised W_hh h, then the cell's
+        float normalised[kItems][G], saved[kItems][kSaved];
         float made[kItems][kAtLeastOne<kStates>], made_h[kItems];
+        const auto own_numbers = [&](const Item& item) {
+          return numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell>;
+        };
+        // A row's reciprocal deviation, the first unit's to keep; x's is there.
+        const auto keep_rstd = [&](int i, const Item& item, int which, float rstd) {
+          S* const row_reserve = reserve + int64_t(row[i]) * (D * reserve_row);
+          if (item.u == 0) reinterpret_cast<float*>(row_reserve + kept_values * Hp)[which] = rstd;
+        };
 #pragma unroll
         for (int i = 0; i < kItems; i++) {
           Item item;
           if (!gate_item(i, item)) continue;
-          float w_hh_h[G];
-          sums_of(w_hh, item, w_hh_h);
-          Moments m = moments_of(w_hh_h, item.u < H);
+          sums_of(w_hh, item, normalised[i]);
+          Moments m = moments_of(normalised[i], item.u < H);
           m.over_units();
           row_sums.send(item.tile, item.n, m.mean, m.squares);
-#pragma unroll
-          for (int g = 0; g < G; g++) saved[i][g] = w_hh_h[g];
         }
         row_sums.exchange();
 #pragma unroll
@@ -429,30 +426,34 @@ __global__ void __launch_bounds__(kThreads, 1)
           Item item;
           if (!gate_item(i, item)) continue;
           const Moments m = row_sums.template moments<G>(item.n, H);
-          rstd[i][0] = m.rstd(float(p.eps));
-          const float* const own_numbers =
-              numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell>;
+          const float rstd = m.rstd(float(p.eps));
           float pre_x[G], pre_h[G];
 #pragma unroll
           for (int g = 0; g < G; g++) {
-            saved[i][g] = (saved[i][g] - m.mean) * rstd[i][0];
+            normalised[i][g] = (normalised[i][g] - m.mean) * rstd;
             pre_x[g] = widen(x[i][g]);
-            pre_h[g] = saved[i][g] * own_numbers[g] + own_numbers[G + g];
+            pre_h[g] = normalised[i][g] * own_numbers(item)[g] + own_numbers(item)[G + g];
           }
           const KeptOf<Cell> kept(p.regularisers, bits[i]);
           if constexpr (kStates == 0) {
             const float pre[4] = {pre_x[2], pre_x[0] + pre_h[0], pre_x[1] + pre_h[1], pre_h[2]};
-            made_h[i] = Gates::forward(pre, h[i], nullptr, nullptr, kept.within, &saved[i][G]);
+            made_h[i] = Gates::forward(pre, h[i], nullptr, nullptr, kept.within, saved[i]);
           } else {
             float pre[G];
 #pragma unroll
             for (int g = 0; g < G; g++) pre[g] = pre_x[g] + pre_h[g];
             made[i][0] = state[i][0];
-            Gates::make_c(pre, made[i], kept.within, &saved[i][G]);
+            Gates::make_c(pre, made[i], kept.within, saved[i]);
             const float c[1] = {made[i][0]};
             Moments of_c = moments_of(c, item.u < H);
             of_c.over_units();
             row_sums.send(item.tile, item.n, of_c.mean, of_c.squares);
+          }
+          if (s < length[i] && reserve != nullptr) {
+            S* const to = reserve + int64_t(row[i]) * (D * reserve_row) + G * Hp + item.u;
+#pragma unroll
+            for (int g = 0; g < G; g++) to[g * Hp] = narrow<S>(normalised[i][g]);
+            keep_rstd(i, item, 1, rstd);
           }
         }
         if constexpr (kStates > 0) {
@@ -462,12 +463,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             Item item;
             if (!gate_item(i, item)) continue;
             const Moments m = row_sums.template moments<1>(item.n, H);
-            rstd[i][1] = m.rstd(float(p.eps));
-            const float* const own_numbers =
-                numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell> + 2 * G;
-            saved[i][G + 4] = (made[i][0] - m.mean) * rstd[i][1];
-            made_h[i] =
-                Gates::make_h(&saved[i][G], saved[i][G + 4] * own_numbers[0] + own_numbers[1]);
+            const float rstd = m.rstd(float(p.eps));
+            const float* const of_c = own_numbers(item) + 2 * G;
+            saved[i][4] = (made[i][0] - m.mean) * rstd;
+            made_h[i] = Gates::make_h(saved[i], saved[i][4] * of_c[0] + of_c[1]);
+            if (s < length[i] && reserve != nullptr) keep_rstd(i, item, 2, rstd);
           }
         }
 #pragma unroll
@@ -686,6 +686,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float carry[kMid > 0 ? kItems : 1][1] = {};  // from a cell's end to its beginning
     int bits[kRegular ? kItems : 1] = {};
     [[maybe_unused]] float rstd[kRows ? kItems : 1][2];
+    [[maybe_unused]] S normalised_[kRows ? kItems : 1][G];  // W_hh h
     int row[kItems] = {};  // of the step before this one in time, which is s + 1
     const S* const dy_rows = p.dy == nullptr ? nullptr : static_cast<const S*>(p.dy) + d * P;
     const S* const y = static_cast<const S*>(p.y) + d * P;
@@ -715,7 +716,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             reinterpret_cast<const float*>(saved_from - item.u + kept_values * Hp);
         rstd[i][0] = statistics[1];
         if (kStates > 0) rstd[i][1] = statistics[2];
-        saved_from += G * Hp;
+#pragma unroll
+        for (int g = 0; g < G; g++) normalised_[i][g] = saved_from[(G + g) * Hp];
+        saved_from += 2 * G * Hp;
       }
       if constexpr (kNeedsH)
         now[i] =
@@ -784,6 +787,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto own_numbers = [&](const Item& item) {
           return numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell>;
         };
+        const auto normalised = [&](int i, int g) { return widen(normalised_[i][g]); };
         const auto write = [&](int i, const Item& item, int plane, float value) {
           dpre_rows[int64_t(row[i]) * (kPlanes * H) + plane * H + item.u] = narrow<S>(value);
         };
@@ -802,7 +806,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             dh[i] = kept.h * all;
             float dpre[4];
             if constexpr (kStates == 0) {
-              dh[i] += Gates::backward(d_made, nullptr, &saved[i][G], 0.0f, widen(before[i][0]),
+              dh[i] += Gates::backward(d_made, nullptr, saved[i], 0.0f, widen(before[i][0]),
                                        nullptr, nullptr, kept.within, dpre);
               d_gate[i][0] = dpre[1], d_gate[i][1] = dpre[2], d_gate[i][2] = dpre[3];
               write(i, item, 4 * G, dpre[1]);
@@ -811,13 +815,12 @@ __global__ void __launch_bounds__(kThreads, 1)
               write(i, item, 5 * G, dpre[3]);
             } else {
               const float* const of_c = own_numbers(item) + 2 * G;
-              const float normalised = saved[i][G + 4];
-              const float d =
-                  Gates::h_backward(d_made, &saved[i][G], normalised * of_c[0] + of_c[1], dpre);
+              const float of_row = saved[i][4];
+              const float d = Gates::h_backward(d_made, saved[i], of_row * of_c[0] + of_c[1], dpre);
               d_gate[i][3] = dpre[3];
               d_c[i] = d * of_c[0];
-              a = d_c[i], b = d_c[i] * normalised;
-              write(i, item, 5 * G, d * normalised);
+              a = d_c[i], b = d_c[i] * of_row;
+              write(i, item, 5 * G, d * of_row);
               write(i, item, 5 * G + 1, d);
             }
           }
@@ -838,8 +841,8 @@ __global__ void __launch_bounds__(kThreads, 1)
               const KeptOf<Cell> kept(p.regularisers, bits[i]);
               float made[1] = {(1 - kept.c) * dstate[i][0]};
               const float dc =
-                  made[0] + through_norm(d_c[i], saved[i][G + 4], sum, slope, float(H), rstd[i][1]);
-              Gates::c_backward(dc, made, &saved[i][G], prev[i], kept.within, d_gate[i]);
+                  made[0] + through_norm(d_c[i], saved[i][4], sum, slope, float(H), rstd[i][1]);
+              Gates::c_backward(dc, made, saved[i], prev[i], kept.within, d_gate[i]);
               dstate[i][0] = made[0] + kept.c * dstate[i][0];
 #pragma unroll
               for (int g = 0; g < G; g++) write(i, item, 4 * G + g, d_gate[i][g]);
@@ -849,9 +852,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (s < length[i])
 #pragma unroll
             for (int g = 0; g < G; g++) {
-              write(i, item, 3 * G + g, d_gate[i][g] * saved[i][g]);
+              write(i, item, 3 * G + g, d_gate[i][g] * normalised(i, g));
               d_gate[i][g] *= own_numbers(item)[g];
-              a += d_gate[i][g], b += d_gate[i][g] * saved[i][g];
+              a += d_gate[i][g], b += d_gate[i][g] * normalised(i, g);
             }
           sum_over_units(a, b);
           row_sums.send(item.tile, item.n, a, b);
@@ -866,8 +869,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (s < length[i])
 #pragma unroll
             for (int g = 0; g < G; g++) {
-              from_h[g] =
-                  through_norm(d_gate[i][g], saved[i][g], sum, slope, float(G * H), rstd[i][0]);
+              from_h[g] = through_norm(d_gate[i][g], normalised(i, g), sum, slope, float(G * H),
+                                       rstd[i][0]);
               write(i, item, G + g, from_h[g]);
             }
           dpre_h.send(dpre_route[i], item.tile, from_h);
