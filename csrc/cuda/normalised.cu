@@ -182,7 +182,7 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
       saved[4] = (saved[5] - mean_c) * rstd_c;
       const C c = saved[4] * number<S>(own[4], u) + number<S>(own[5], u);
       const C state[1] = {saved[5]}, before[1] = {out<C>(step.state[0])[e.i]};
-      give<Cell, S>(p, step, e, kept_of<S>(p, e), Cell::make_h(saved, c),
+      give<Cell, S>(p, step, e, kept_of<S>(p, e), Cell::make_h(saved[3], c),
                     widen(out<S>(step.h)[e.i]), state, before, saved, kValues<Kind>);
     }
   }

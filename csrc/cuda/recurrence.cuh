@@ -357,30 +357,31 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (s >= length[i]) return;
       gate_item(i, item);
       if constexpr (!kProjected) y[int64_t(at) * (D * H) + item.u] = given[i];
-      if (reserve != nullptr) {
-        S* to = reserve + int64_t(at) * (D * reserve_row) + item.u;
-        if constexpr (kRows) to += 2 * G * Hp;
+      if (!kRows && reserve != nullptr) {
+        S* const to = reserve + int64_t(at) * (D * reserve_row) + item.u;
 #pragma unroll
         for (int k = 0; k < kKept; k++)
           if (k < kSaved || p.regularisers.on) to[k * Hp] = saved_[i][k];
       }
     };
 
-    // What regularisers make of the states that a step has made, and all that is kept of it.
-    // Returns h as it enters the next product.
+    // What regularisers make of the states that a step has made. Returns h as it enters the next
+    // product.
     [[maybe_unused]] const auto blend = [&](int i, const KeptOf<Cell>& kept, float made_h,
-                                            const float* made, const float* saved) {
-      if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(made_h);
+                                            const float* made) {
       h[i] = kept.h * h[i] + (1 - kept.h) * made_h;
 #pragma unroll
-      for (int k = 0; k < kStates; k++) {
-        state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
-        saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
+      for (int k = 0; k < kStates; k++) state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
       given[i] = narrow<S>(h[i]);
       return h[i] * scale[i];
+    };
+    // All that is kept of such a step, once its states are blended.
+    [[maybe_unused]] const auto keep = [&](int i, float made_h, const float* saved) {
+      if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(made_h);
+#pragma unroll
+      for (int k = 0; k < kStates; k++) saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
+#pragma unroll
+      for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
     };
 
     for (int s = 0;; s++) {
@@ -401,15 +402,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       const bool goes_on = s + 1 < job.steps;
       if constexpr (kRows) {
         using Gates = typename Cell::Gates;
-        float normalised[kItems][G], saved[kItems][kSaved];
-        float made[kItems][kAtLeastOne<kStates>], made_h[kItems];
+        float normalised[kItems][G], made_h[kItems];
+        float made[kItems][kAtLeastOne<kStates>];  // c
+        [[maybe_unused]] float o[kItems];
         const auto own_numbers = [&](const Item& item) {
           return numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell>;
         };
-        // A row's reciprocal deviation, the first unit's to keep; x's is there.
+        // To the reserve, where x's part is already: values [first, ...), and a row's reciprocal
+        // deviation, which its first unit keeps. At once and not with y, since registers are
+        // scarce.
+        const auto keep_row = [&](int i, const Item& item, int first, const auto& values) {
+          if (s >= length[i] || reserve == nullptr) return;
+          S* const to = reserve + int64_t(row[i]) * (D * reserve_row) + first * Hp + item.u;
+          int k = 0;
+          for (const float value : values) to[k++ * Hp] = narrow<S>(value);
+        };
         const auto keep_rstd = [&](int i, const Item& item, int which, float rstd) {
-          S* const row_reserve = reserve + int64_t(row[i]) * (D * reserve_row);
-          if (item.u == 0) reinterpret_cast<float*>(row_reserve + kept_values * Hp)[which] = rstd;
+          if (s >= length[i] || reserve == nullptr || item.u != 0) return;
+          S* const to = reserve + int64_t(row[i]) * (D * reserve_row) + kept_values * Hp;
+          reinterpret_cast<float*>(to)[which] = rstd;
         };
 #pragma unroll
         for (int i = 0; i < kItems; i++) {
@@ -437,24 +448,25 @@ __global__ void __launch_bounds__(kThreads, 1)
           const KeptOf<Cell> kept(p.regularisers, bits[i]);
           if constexpr (kStates == 0) {
             const float pre[4] = {pre_x[2], pre_x[0] + pre_h[0], pre_x[1] + pre_h[1], pre_h[2]};
-            made_h[i] = Gates::forward(pre, h[i], nullptr, nullptr, kept.within, saved[i]);
+            float saved[kSaved];
+            made_h[i] = Gates::forward(pre, h[i], nullptr, nullptr, kept.within, saved);
+            keep_row(i, item, 2 * G, saved);
           } else {
             float pre[G];
 #pragma unroll
             for (int g = 0; g < G; g++) pre[g] = pre_x[g] + pre_h[g];
             made[i][0] = state[i][0];
-            Gates::make_c(pre, made[i], kept.within, saved[i]);
+            float saved[kSaved];
+            Gates::make_c(pre, made[i], kept.within, saved);
+            o[i] = saved[3];
             const float c[1] = {made[i][0]};
             Moments of_c = moments_of(c, item.u < H);
             of_c.over_units();
             row_sums.send(item.tile, item.n, of_c.mean, of_c.squares);
+            keep_row(i, item, 2 * G, saved);  // but for the normalised c
           }
-          if (s < length[i] && reserve != nullptr) {
-            S* const to = reserve + int64_t(row[i]) * (D * reserve_row) + G * Hp + item.u;
-#pragma unroll
-            for (int g = 0; g < G; g++) to[g * Hp] = narrow<S>(normalised[i][g]);
-            keep_rstd(i, item, 1, rstd);
-          }
+          keep_row(i, item, G, normalised[i]);
+          keep_rstd(i, item, 1, rstd);
         }
         if constexpr (kStates > 0) {
           row_sums.exchange();
@@ -465,9 +477,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             const Moments m = row_sums.template moments<1>(item.n, H);
             const float rstd = m.rstd(float(p.eps));
             const float* const of_c = own_numbers(item) + 2 * G;
-            saved[i][4] = (made[i][0] - m.mean) * rstd;
-            made_h[i] = Gates::make_h(saved[i], saved[i][4] * of_c[0] + of_c[1]);
-            if (s < length[i] && reserve != nullptr) keep_rstd(i, item, 2, rstd);
+            const float of_row[1] = {(made[i][0] - m.mean) * rstd};
+            made_h[i] = Gates::make_h(o[i], of_row[0] * of_c[0] + of_c[1]);
+            keep_row(i, item, 2 * G + 4, of_row);
+            keep_rstd(i, item, 2, rstd);
           }
         }
 #pragma unroll
@@ -475,10 +488,13 @@ __global__ void __launch_bounds__(kThreads, 1)
           Item item;
           if (!gate_item(i, item)) continue;
           float value = h[i];
-          if (s < length[i])
-            value = blend(i, KeptOf<Cell>(p.regularisers, bits[i]), made_h[i], made[i], saved[i]);
-          else if (item.there)
+          if (s < length[i]) {
+            value = blend(i, KeptOf<Cell>(p.regularisers, bits[i]), made_h[i], made[i]);
+            if (kStates > 0 && p.regularisers.on)
+              keep_row(i, item, kept_values - kStates, state[i]);
+          } else if (item.there) {
             value *= scale[i];
+          }
           if (goes_on) hidden.send(h_route[i], item.tile, {value});
         }
       } else {
@@ -515,8 +531,9 @@ __global__ void __launch_bounds__(kThreads, 1)
               float made[kAtLeastOne<kStates>];
 #pragma unroll
               for (int k = 0; k < kStates; k++) made[k] = state[i][k];
-              value = gates<Cell>(p.cell, pre, h[i], made, own[i], kept.within, saved);
-              value = blend(i, kept, value, made, saved);
+              const float made_h = gates<Cell>(p.cell, pre, h[i], made, own[i], kept.within, saved);
+              value = blend(i, kept, made_h, made);
+              keep(i, made_h, saved);
             } else {
               value = gates<Cell>(p.cell, pre, h[i], state[i], own[i], Unregularised{}, saved);
               if constexpr (!kProjected) h[i] = value;
@@ -553,8 +570,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                   second[slot] += numbers[kSlots * units + unit * kSlots + slot];
 #pragma unroll
               for (int k = 0; k < kStates; k++) made[k] = state[i][k];
-              value = Cell::end(begun_pre[i], second, h[i], made, kept.within, begun[i]);
-              value = blend(i, kept, value, made, begun[i]);
+              const float made_h =
+                  Cell::end(begun_pre[i], second, h[i], made, kept.within, begun[i]);
+              value = blend(i, kept, made_h, made);
+              keep(i, made_h, begun[i]);
             } else if (item.there) {
               value *= scale[i];
             }
