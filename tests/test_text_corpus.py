@@ -147,5 +147,5 @@ def test_windows_are_contiguous(N):
 
 def test_windows_of_too_short_a_stream():
     assert len(Windows(torch.arange(15), 3, 4)) == 1
-    with pytest.raises(CorpusError, match=r"14 characters are too few for 3 rows of 4 steps \(at least 15\)"):
+    with pytest.raises(CorpusError, match=r"14 ids are too few for 3 rows of 4 steps \(at least 15\)"):
         Windows(torch.arange(14), 3, 4)
