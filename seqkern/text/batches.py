@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Ids = Sequence[int] | Tensor
+Ids: TypeAlias = Sequence[int] | Tensor
 Label = TypeVar("Label")
 
 

@@ -29,7 +29,7 @@ def sentiment(n: int = 2000, *, seed: int = 0) -> list[Labelled]:
         negated = rng.random() < 0.25
         words = _PRAISE if (_OPPOSITE[label] if negated else label) == "1" else _BLAME
         clauses = [
-            f"the {film} {rng.choice(['is', 'was'])} {'not ' * negated}{rng.choice(_ADVERBS)} {rng.choice(words)}"
+            f"the {film} was {'not ' * negated}{rng.choice(_ADVERBS)} {rng.choice(words)}"
             for film in rng.sample(_FILMS, rng.randint(1, 3))
         ]
         reviews.append(Labelled(label, " and ".join(clauses) + " ."))
@@ -37,23 +37,28 @@ def sentiment(n: int = 2000, *, seed: int = 0) -> list[Labelled]:
 
 
 _QUESTIONS = {
-    "person": ["Who invented the {thing} ?", "Who was the first to see the {thing} ?", "Which {person} lived in {place} ?"],
-    "place": ["Where is the {thing} of {place} ?", "What city has the oldest {thing} ?", "In which country is {place} ?"],
-    "number": ["How many {person}s live in {place} ?", "When was the {thing} built ?", "How old is {place} ?"],
-    "description": ["What is a {thing} ?", "Why is the {thing} so famous ?", "How does a {thing} work ?"],
-}  # fmt: skip
-_THINGS = [
-    "bridge",
-    "telescope",
-    "castle",
-    "engine",
-    "clock",
-    "library",
-    "tower",
-    "piano",
-    "compass",
-    "lighthouse",
-]
+    "person": [
+        "Who invented the {thing} ?",
+        "Who was the first to see the {thing} ?",
+        "Which {person} lived in {place} ?",
+    ],
+    "place": [
+        "Where is the {thing} of {place} ?",
+        "What city has the oldest {thing} ?",
+        "In which country is {place} ?",
+    ],
+    "number": [
+        "How many {person}s live in {place} ?",
+        "When was the {thing} built ?",
+        "How old is {place} ?",
+    ],
+    "description": [
+        "What is a {thing} ?",
+        "Why is the {thing} so famous ?",
+        "How does a {thing} work ?",
+    ],
+}
+_THINGS = ["bridge", "telescope", "castle", "clock", "library", "tower", "piano", "compass", "lighthouse"]
 _PERSONS = ["painter", "singer", "doctor", "queen", "poet", "pilot"]
 _PLACES = ["Rome", "Lisbon", "Kyoto", "Lima", "Oslo", "Cairo", "Prague", "Quebec"]
 
@@ -71,20 +76,23 @@ def questions(n: int = 1000, *, seed: int = 0) -> list[Labelled]:
 
 
 _NAMES = {
-    "English": "Smith Brown Taylor Wilson Johnson Walker Wright Robinson Thompson White Hughes Edwards Green Hall "
-    "Wood Harris Clarke Jackson Turner Hill Cooper Ward Morris Moore Baker",
-    "German": "Schmidt Schneider Fischer Weber Schulz Becker Hoffmann Schäfer Koch Bauer Richter Klein Schröder "
-    "Neumann Schwarz Zimmermann Krüger Hofmann Lange Werner Krause Lehmann Köhler Maier Vogel",
-    "Italian": "Rossi Russo Ferrari Esposito Bianchi Romano Colombo Ricci Marino Greco Bruno Gallo Conti Mancini "
-    "Costa Giordano Rizzo Lombardi Moretti Barbieri Fontana Santoro Mariani Rinaldi Caruso",
-    "Japanese": "Sato Suzuki Takahashi Tanaka Watanabe Ito Yamamoto Nakamura Kobayashi Kato Yoshida Yamada Sasaki "
-    "Yamaguchi Matsumoto Inoue Kimura Hayashi Shimizu Yamazaki Mori Abe Ikeda Hashimoto Ishikawa",
+    "English": "Smith Brown Taylor Wilson Johnson Walker Wright Robinson Thompson White Hughes Edwards Green "
+    "Hall Wood Harris Clarke Jackson Turner Hill Cooper Ward Morris Moore Baker",
+    "German": "Schmidt Schneider Fischer Weber Schulz Becker Hoffmann Schäfer Koch Bauer Richter Klein "
+    "Schröder Neumann Schwarz Zimmermann Krüger Hofmann Lange Werner Krause Lehmann Köhler Maier "
+    "Vogel",
+    "Italian": "Rossi Russo Ferrari Esposito Bianchi Romano Colombo Ricci Marino Greco Bruno Gallo Conti "
+    "Mancini Costa Giordano Rizzo Lombardi Moretti Barbieri Fontana Santoro Mariani Rinaldi "
+    "Caruso",
+    "Japanese": "Sato Suzuki Takahashi Tanaka Watanabe Ito Yamamoto Nakamura Kobayashi Kato Yoshida Yamada "
+    "Sasaki Yamaguchi Matsumoto Inoue Kimura Hayashi Shimizu Yamazaki Mori Abe Ikeda Hashimoto "
+    "Ishikawa",
     "Polish": "Nowak Kowalski Wiśniewski Wójcik Kowalczyk Kamiński Lewandowski Zieliński Szymański Woźniak "
-    "Dąbrowski Kozłowski Jankowski Mazur Wojciechowski Kwiatkowski Krawczyk Kaczmarek Piotrowski Grabowski "
-    "Zając Pawłowski Michalski Król Wieczorek",
-    "Russian": "Ivanov Smirnov Kuznetsov Popov Vasilyev Petrov Sokolov Mikhailov Novikov Fedorov Morozov Volkov "
-    "Alekseyev Lebedev Semyonov Yegorov Pavlov Kozlov Stepanov Nikolayev Orlov Andreyev Makarov Nikitin "
-    "Zakharov",
+    "Dąbrowski Kozłowski Jankowski Mazur Wojciechowski Kwiatkowski Krawczyk Kaczmarek Piotrowski "
+    "Grabowski Zając Pawłowski Michalski Król Wieczorek",
+    "Russian": "Ivanov Smirnov Kuznetsov Popov Vasilyev Petrov Sokolov Mikhailov Novikov Fedorov Morozov "
+    "Volkov Alekseyev Lebedev Semyonov Yegorov Pavlov Kozlov Stepanov Nikolayev Orlov Andreyev "
+    "Makarov Nikitin Zakharov",
 }
 
 
@@ -111,11 +119,11 @@ def _tagged(
     return sentences
 
 
-def _entity(kind: str, *parts: list[str]) -> Callable[[random.Random], _Template]:
-    """A name of one word of each of `parts`, the later of which may be missing."""
+def _entity(kind: str, names: list[str]) -> Callable[[random.Random], _Template]:
+    """One of `names`, its words tagged B-kind, I-kind, …"""
 
     def draw(rng: random.Random) -> _Template:
-        words = [rng.choice(part) for part in parts[: rng.randint(1, len(parts))]]
+        words = rng.choice(names).split()
         return [(word, f"{'I' if i else 'B'}-{kind}") for i, word in enumerate(words)]
 
     return draw
@@ -123,7 +131,11 @@ def _entity(kind: str, *parts: list[str]) -> Callable[[random.Random], _Template
 
 def entities(n: int = 1000, *, seed: int = 0) -> list[Tagged]:
     """Sentences with the names of persons, places and organisations, tagged BIO."""
-    family = [name.text for name in names()]
+    first_names = ["Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta"]
+    persons = [f"{first} {last.text}" for first in first_names for last in names()]
+    places = [*_PLACES, *(f"{new} {place}" for new in ("New", "Upper", "Port") for place in _PLACES)]
+    companies = ["Acme", "Globex", "Initech", "Umbra"]
+    organisations = [*companies, *(f"{name} {kind}" for name in companies for kind in ("Bank", "Motors"))]
     return _tagged(
         n,
         seed,
@@ -136,20 +148,16 @@ def entities(n: int = 1000, *, seed: int = 0) -> list[Tagged]:
             "yesterday PERSON left ORGANISATION .",
         ],
         draw={
-            "PERSON": _entity(
-                "person", ["Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta"], family
-            ),
-            "PLACE": _entity("place", ["New", "Upper", "Old", "Port"], _PLACES),
-            "ORGANISATION": _entity(
-                "organisation", ["Acme", "Globex", "Initech", "Umbra"], ["Bank", "Motors"]
-            ),
+            "PERSON": _entity("person", [*first_names, *persons]),
+            "PLACE": _entity("place", places),
+            "ORGANISATION": _entity("organisation", organisations),
         },
         other="O",
     )
 
 
 def parts_of_speech(n: int = 1000, *, seed: int = 0) -> list[Tagged]:
-    """Sentences tagged with universal parts of speech. "light" and "watch" are nouns, verbs or an adjective."""
+    """Sentences tagged with universal parts of speech; "light" and "watch" may be several of them."""
 
     def one_of(tag: str, words: str) -> Callable[[random.Random], _Template]:
         return lambda rng: [(rng.choice(words.split()), tag)]
@@ -168,7 +176,7 @@ def parts_of_speech(n: int = 1000, *, seed: int = 0) -> list[Tagged]:
             "DET": one_of("DET", "the a every this"),
             "NOUN": one_of("NOUN", "dog child teacher light watch garden river song"),
             "VERB": one_of("VERB", "see watch light like hear paint"),
-            "ADJ": one_of("ADJ", "small light old green quiet"),
+            "ADJ": one_of("ADJ", "small light big green quiet"),
             "PRON": one_of("PRON", "they we you"),
             "ADP": one_of("ADP", "in near behind with"),
             "ADV": one_of("ADV", "often never always"),
@@ -220,17 +228,17 @@ def translations(n: int = 2000, *, seed: int = 0) -> list[Pair]:
     return pairs
 
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def prose() -> list[Text]:
-    """English for word-level models: the docstrings of the standard library's top modules, a text for each."""
+    """English for word-level models: the standard library's docstrings, those of each top module a text."""
     texts = []
     for text in standard_library():
         if "/" in text.name:
             continue
-        nodes = ast.walk(ast.parse(text.text))
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [
-            docstring for node in nodes if isinstance(node, kinds) and (docstring := ast.get_docstring(node))
-        ]
+        nodes = (node for node in ast.walk(ast.parse(text.text)) if isinstance(node, _DOCUMENTED))
+        found = "\n".join(filter(None, map(ast.get_docstring, nodes)))
         if found:
-            texts.append(Text(text.name, "\n".join(found)))
+            texts.append(Text(text.name, found))
     return texts

@@ -35,9 +35,7 @@ class Vocabulary:
             twice = next(token for token, count in Counter(self.tokens).items() if count > 1)
             raise ValueError(f"tokens: expected each once, got {twice!r} at least twice")
         if default is not None and default not in self._ids:
-            raise ValueError(
-                f"default: expected one of the specials {self.specials} or a token, got {default!r}"
-            )
+            raise ValueError(f"default: expected a token or one of {self.specials}, got {default!r}")
         self.default = default
         self._default_id = None if default is None else self._ids[default]
 
@@ -124,8 +122,6 @@ class Vocabulary:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Vocabulary({len(self)} tokens, specials={self.specials}, default={self.default!r})"
