@@ -153,17 +153,10 @@ def read_pairs(path: str | Path) -> Iterator[Pair]:
         yield Pair(*fields[:2])
 
 
-_EASY_BEGINNINGS = tuple(
-    f"{subject} {verb} "
-    for subject, verbs in {
-        "i": ("am", "m"),
-        "he": ("is", "s"),
-        "she": ("is", "s"),
-        "you": ("are", "re"),
-        "we": ("are", "re"),
-        "they": ("are", "re"),
-    }.items()
-    for verb in verbs
+# "he is" and its like stand for "he isn t", too.
+_EASY_BEGINNINGS = (
+    *("i am ", "i m ", "he is", "he s ", "she is", "she s "),
+    *("you are", "you re ", "we are", "we re ", "they are", "they re "),
 )
 
 
@@ -174,10 +167,11 @@ def easy_pairs(pairs: Iterable[Pair], *, max_length: int = 10) -> Iterator[Pair]
     Source: PyTorch tutorial "NLP From Scratch: Translation", filterPairs
     """
     for pair in pairs:
-        english, other = map(normalize_string, pair)
-        short = len(english.split(" ")) < max_length and len(other.split(" ")) < max_length
-        if short and english.startswith(_EASY_BEGINNINGS):
-            yield Pair(english, other)
+        english = normalize_string(pair.source)
+        if english.startswith(_EASY_BEGINNINGS):
+            other = normalize_string(pair.target)
+            if len(english.split(" ")) < max_length and len(other.split(" ")) < max_length:
+                yield Pair(english, other)
 
 
 # ---- tagged sentences -----------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def unicode_to_ascii(text: str) -> str:
 
     Source: PyTorch tutorial "NLP From Scratch", unicodeToAscii
     """
+    if text.isascii():
+        return text
     return "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
 
 
