@@ -194,7 +194,8 @@ class BucketSampler(Sampler[list[int]]):
         if self.drop_last:
             order = order[: n // size * size]
         batches = []
-        for pool in order.split(self.pool * size):
+        for first in range(0, len(order), self.pool * size):
+            pool = order[first : first + self.pool * size]
             by_length = pool[self.lengths[pool].sort(stable=True).indices]
             batches += [batch.tolist() for batch in by_length.split(size)]
         if self.shuffle:

@@ -7,7 +7,7 @@ import string
 import unicodedata
 
 _URL = re.compile(r"https?://\S+|www\.\S+", re.IGNORECASE)
-_TAG = re.compile(r"<[^<>]*>")
+_TAG = re.compile(r"</?[a-z!][^<>]*>")  # of lower-case text; "3 < 4" has none
 _PUNCTUATION_AND_DIGITS = re.compile(rf"[{re.escape(string.punctuation)}\d]")
 _NO_LETTERS = re.compile(r"[^a-z]+")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from seqkern.text.files import Text, standard_library
 from seqkern.text.readers import Labelled, Pair, Tagged
@@ -228,7 +228,12 @@ def translations(n: int = 2000, *, seed: int = 0) -> list[Pair]:
     return pairs
 
 
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    if docstring := ast.get_docstring(node):
+        yield docstring
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _docstrings(child)
 
 
 def prose() -> list[Text]:
@@ -237,8 +242,6 @@ def prose() -> list[Text]:
     for text in standard_library():
         if "/" in text.name:
             continue
-        nodes = (node for node in ast.walk(ast.parse(text.text)) if isinstance(node, _DOCUMENTED))
-        found = "\n".join(filter(None, map(ast.get_docstring, nodes)))
-        if found:
+        if found := "\n".join(_docstrings(ast.parse(text.text))):
             texts.append(Text(text.name, found))
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
@@ -49,21 +50,22 @@ class WordVectors:
         promised = size = None
         count = 0
         for number, line in enumerate(read_lines(path), 1):
-            fields = line.rstrip(" ").split(" ")
-            if number == 1 and len(fields) == 2 and all(field.isdecimal() for field in fields):
-                promised, size = map(int, fields)
+            line = line.rstrip(" ")
+            spaces = line.count(" ")
+            if number == 1 and re.fullmatch(r"\d+ \d+", line):
+                promised, size = map(int, line.split())
                 continue
             if size is None:
-                size = len(fields) - 1
-            if len(fields) <= size or size < 1:
+                size = spaces
+            if spaces < size or size < 1:
                 expected = f"a token and {size} numbers" if size else "a token and numbers"
-                raise bad_line(path, number, f"expected {expected}, got {len(fields)} columns")
+                raise bad_line(path, number, f"expected {expected}, got {spaces + 1} columns")
             count += 1
-            token = " ".join(fields[:-size])
+            token = line.partition(" ")[0] if spaces == size else line.rsplit(" ", size)[0]
             if token in seen or (only is not None and token not in only):
                 continue
             try:
-                numbers.extend(map(float, fields[-size:]))
+                numbers.extend(map(float, line.rsplit(" ", size)[1:]))
             except ValueError as error:
                 raise bad_line(path, number, str(error)) from error
             seen[token] = None

@@ -105,7 +105,9 @@ class Vocabulary:
     def encode(self, tokens: Sequence[str]) -> list[int]:
         """The ids of a list of tokens. ValueError: a string (split it first), a token without an id."""
         _no_string("tokens", tokens)
-        return [self[token] for token in tokens]
+        if self._default_id is None:
+            return [self[token] for token in tokens]
+        return [self._ids.get(token, self._default_id) for token in tokens]
 
     numericalize = encode  # M's name
 
