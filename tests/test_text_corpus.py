@@ -172,7 +172,7 @@ def test_word_corpus_of_texts():
     assert len(corpus.held_out) == len(held)
     lower = WordCorpus.from_texts([Text("a", "One, two.\nThree.\n")], tokenize=basic_english, held_out=0.5)
     assert lower.vocabulary.decode(lower.train) == ["one", ",", "two", "<eos>"]
-    assert lower.vocabulary.decode(lower.held_out[0]) == ["<unk>", "<unk>", "<eos>"]
+    assert lower.vocabulary.decode(lower.held_out[0]) == ["<unk>", "<eos>", "<unk>", "<unk>", "<eos>"]
 
 
 @pytest.mark.parametrize("N", [17, 63, 129, 1000])

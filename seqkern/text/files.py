@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -57,7 +57,7 @@ def _open(path: str | Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
-def _guarded(path: str | Path, read) -> bytes:
+def _guarded(path: str | Path, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from seqkern.text.files import CorpusError, bad_line, read_lines
 from seqkern.text.tokenization import normalize_string
@@ -258,7 +258,7 @@ def read_conllu(path: str | Path, *, column: str = "upos") -> Iterator[Tagged]:
 # ---- downloads ------------------------------------------------------------------------------------
 
 
-def download(path: str, name: str | None = None, *, split: str = "train", revision: str | None = None):
+def download(path: str, name: str | None = None, *, split: str = "train", revision: str | None = None) -> Any:
     """The rows (dicts) of a data set of the Hugging Face Hub, by the package datasets, which keeps a copy.
 
     Raises:   ImportError: without the package datasets;  what datasets raises, without a network
