@@ -276,7 +276,7 @@ def test_training_stops_when_its_time_is_over(folder, capsys):
     [
         (["--corpus", "/nowhere/at/all"], "corpus: no file or folder at /nowhere/at/all"),
         (["--corpus", "EMPTY"], "holds no UTF-8 text"),
-        (["--corpus", "SHORT"], "corpus: 7 characters are too few for 32 rows of 64 steps (at least 2080)"),
+        (["--corpus", "SHORT"], "corpus: 7 ids are too few for 32 rows of 64 steps (at least 2080)"),
         (["--steps", "0"], "argument --steps: expected at least 1, got 0"),
         (["--steps", "many"], "argument --steps: invalid"),
         (["--prompt", ""], "--prompt: expected at least one character"),

@@ -1,5 +1,6 @@
 """seqkern.text: files, their split, characters and the windows of truncated BPTT."""
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from seqkern.text import (
     CorpusError,
     Text,
     Windows,
+    WordCorpus,
+    basic_english,
     read_texts,
+    read_words,
     split,
     standard_library,
 )
@@ -75,6 +79,22 @@ def test_read_texts_passes_over_what_is_not_text(folder):
     assert read_texts(folder / "übung.txt") == [Text("übung.txt", "schön")]
 
 
+def test_read_texts_reads_gz_and_makes_line_ends_one(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\ufeffone\r\ntwo\rthree\n".encode()))
+    assert read_texts(tmp_path) == [Text("a.txt.gz", "one\ntwo\nthree\n")]
+    (tmp_path / "b.gz").write_bytes(b"no gz")
+    with pytest.raises(CorpusError, match=r"b\.gz: not a whole \.gz file"):
+        read_texts(tmp_path)
+
+
+def test_read_texts_tells_what_is_not_utf8(folder):
+    """Other encodings are not passed over in silence."""
+    (folder / "latin.txt").write_bytes("good\ngood again\nund schön\n".encode("latin-1"))
+    for path in (folder, folder / "latin.txt"):
+        with pytest.raises(CorpusError, match=r"latin\.txt:3: not utf-8: 0xf6, byte 8 of the line"):
+            read_texts(path)
+
+
 def test_read_texts_errors(tmp_path):
     with pytest.raises(CorpusError, match=r"no file or folder at .*nowhere"):
         read_texts(tmp_path / "nowhere")
@@ -125,6 +145,36 @@ def test_corpus_of_limited_size():
     assert sum(len(corpus.vocabulary.decode(ids)) for ids in corpus.held_out) == 100
 
 
+def test_word_corpus_by_hand():
+    train = [["a", "b", "a", "<eos>"], ["<eos>"], ["<unk>", "c", "b", "<eos>"]]
+    corpus = WordCorpus.from_lines(train, [[["c", "d", "<eos>"]], []])
+    assert corpus.vocabulary.tokens == ["<unk>", "<eos>", "a", "b", "c"]
+    assert corpus.train.tolist() == [2, 3, 2, 1, 1, 0, 4, 3, 1]
+    assert [ids.tolist() for ids in corpus.held_out] == [[4, 0, 1], []]
+    assert all(ids.dtype == torch.int64 for ids in [corpus.train, *corpus.held_out])
+    rare = WordCorpus.from_lines(iter(train), min_freq=2, max_size=1)
+    assert rare.vocabulary.tokens == ["<unk>", "<eos>", "a"]
+    assert rare.train.tolist() == [2, 0, 2, 1, 1, 0, 0, 0, 1]
+    with pytest.raises(CorpusError, match="corpus: no tokens to learn from"):
+        WordCorpus.from_lines([[]])
+
+
+def test_word_corpus_of_texts():
+    texts = some_texts()
+    corpus = WordCorpus.from_texts(texts, held_out=0.2)
+    train, held = split(texts, 0.2)
+
+    def lines(text):
+        return text.text.removesuffix("\n").split("\n")
+
+    words = [word for text in train for line in lines(text) for word in [*line.split(), "<eos>"]]
+    assert corpus.vocabulary.decode(corpus.train) == words
+    assert len(corpus.held_out) == len(held)
+    lower = WordCorpus.from_texts([Text("a", "One, two.\nThree.\n")], tokenize=basic_english, held_out=0.5)
+    assert lower.vocabulary.decode(lower.train) == ["one", ",", "two", "<eos>"]
+    assert lower.vocabulary.decode(lower.held_out[0]) == ["<unk>", "<eos>", "<unk>", "<unk>", "<eos>"]
+
+
 @pytest.mark.parametrize("N", [17, 63, 129, 1000])
 def test_windows_are_contiguous(N):
     stream = torch.arange(N)
@@ -147,5 +197,23 @@ def test_windows_are_contiguous(N):
 
 def test_windows_of_too_short_a_stream():
     assert len(Windows(torch.arange(15), 3, 4)) == 1
-    with pytest.raises(CorpusError, match=r"14 characters are too few for 3 rows of 4 steps \(at least 15\)"):
+    with pytest.raises(CorpusError, match=r"14 ids are too few for 3 rows of 4 steps \(at least 15\)"):
         Windows(torch.arange(14), 3, 4)
+
+
+# ---- real data ------------------------------------------------------------------------------------
+
+
+def test_real_characters(data):
+    corpus = CharCorpus.from_texts(read_texts(data / "tinyshakespeare/train.txt.gz"), held_out=0.1)
+    assert (len(corpus.train) - 2, len(corpus.held_out[0]) - 1) == (903469, 100385)  # less the boundaries
+    assert len(corpus.vocabulary) - 2 == 65
+
+
+def test_real_words(data):
+    train, *others = (read_words(data / f"wikitext2/{part}.txt.gz") for part in ("train", "valid", "test"))
+    corpus = WordCorpus.from_lines(train, others)
+    assert len(corpus.vocabulary) == 33278
+    assert [len(ids) for ids in [corpus.train, *corpus.held_out]] == [2088628, 217646, 245569]
+    assert corpus.vocabulary.decode(corpus.train[:2]) == ["<eos>", "="]
+    assert Windows(corpus.train, B=20, T=35)[0][0].shape == (35, 20)
