@@ -1,0 +1,1 @@
+"""The reference models: the classic sequence tutorials' modules on seqkern's layers."""
