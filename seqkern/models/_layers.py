@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from seqkern.nn import Regularised
 from seqkern.ops._attention import valid_from_lengths
 from seqkern.ops._layers import check_lengths
+from seqkern.ops.recurrent import Regularisers
 
 State = Any  # a tensor, or a tuple of states: h for RNN and GRU, (h, c) for LSTM, as each cell carries it
 
@@ -37,14 +38,13 @@ def make(layers: ModuleType, cell: str | Callable[..., Any], *sizes: int, **opti
         for name, layer in vars(layers).items()
         if isinstance(layer, type)
         and issubclass(layer, (nn.RNNBase, Regularised))
-        and hasattr(layer, "forward")
-        and layer is not nn.RNNBase
+        and layer not in (nn.RNNBase, Regularised)
     }
     layer = known.get(cell.lower().replace("_", ""))
     if layer is None:
         names = ", ".join(sorted(known))
         raise ValueError(f"cell: expected one of {names} of {layers.__name__}, got {cell!r}")
-    regularisers = vars(Regularised)["__annotations__"].keys() & options.keys()
+    regularisers = set(Regularisers._fields) & options.keys()
     if regularisers and not issubclass(layer, Regularised):
         raise ValueError(
             f"{', '.join(sorted(regularisers))}: expected none with {layers.__name__}.{layer.__name__}, which "
