@@ -47,33 +47,40 @@ def make(layers: ModuleType, cell: str | Callable[..., Any], *sizes: int, **opti
     regularisers = set(Regularisers._fields) & options.keys()
     if regularisers and not issubclass(layer, Regularised):
         raise ValueError(
-            f"{', '.join(sorted(regularisers))}: expected none with {layers.__name__}.{layer.__name__}, which "
-            "has no regularisers; seqkern.nn's layers do"
+            f"{', '.join(sorted(regularisers))}: expected none with {layers.__name__}.{layer.__name__}, "
+            "which has no regularisers; seqkern.nn's layers do"
         )
     return layer(*sizes, **options)
 
 
 def run(
-    layer: Any, x: Tensor, lengths: Tensor | None = None, state: State | None = None
+    layer: Any,
+    x: Tensor,
+    lengths: Tensor | None = None,
+    state: State | None = None,
+    *,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """A recurrent layer of seqkern.nn or torch.nn over padded rows.
 
     Args:     x: [T, B, I], with layer.batch_first [B, T, I]
               lengths: [B] integers in 0..T on x's device, or None: all T steps of every row
               state: as the layer takes it, None for zeros
+              reset: bool [T, B] or [B, T]: steps that start from zeros; seqkern.nn's layers take it
     Returns:  y: [T, B, D*H] or [B, T, D*H], zero beyond each row's length;  the state at each row's last
               valid step, of a row of length 0 the initial one
+    Raises:   ValueError: wrong lengths, or reset with torch.nn's layer
     """
-    if lengths is None:
-        return layer(x, state)
     if isinstance(layer, Regularised):
-        return layer(x, state, lengths=lengths)
-    return _run_packed(layer, x, lengths, state)
+        return layer(x, state, lengths=lengths, reset=reset)  # type: ignore[operator]
+    if reset is not None:
+        raise ValueError(
+            f"reset: expected None with torch.nn's {type(layer).__name__}; seqkern.nn's layers take it"
+        )
+    return layer(x, state) if lengths is None else _run_packed(layer, x, lengths, state)
 
 
-def _run_packed(
-    layer: nn.RNNBase, x: Tensor, lengths: Tensor, state: State | None
-) -> tuple[Tensor, State]:
+def _run_packed(layer: nn.RNNBase, x: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
     """torch.nn's way to `lengths`. Packing refuses empty rows: they run for a step, of zeros, and are put
     aside."""
     time_dim, batch_dim = (1, 0) if layer.batch_first else (0, 1)
@@ -110,8 +117,8 @@ def check_pooling(pooling: str) -> str:
 
 
 def pool(pooling: str, y: Tensor, state: State, lengths: Tensor | None, bidirectional: bool) -> Tensor:
-    """One vector [B, D*H] a row: the final hidden state ("last"), or the mean or maximum of y [B, T, D*H] over
-    its valid steps. An empty row gives zeros."""
+    """One vector [B, D*H] a row: the final hidden state ("last"), or the mean or maximum of y [B, T, D*H]
+    over its valid steps. An empty row gives zeros."""
     if pooling == "last":
         return last_hidden(state, bidirectional)
     if pooling == "mean":
