@@ -68,8 +68,7 @@ class CharacterEncoder(nn.Module):
             size = 2 * options.hidden_size
         else:
             self.convolutions = nn.ModuleList(
-                nn.Conv1d(options.embed_dim, number, width, padding="same")
-                for width, number in options.filters
+                nn.Conv1d(options.embed_dim, number, width) for width, number in options.filters
             )
             size = sum(number for _, number in options.filters)
         self.highways = nn.ModuleList(Highway(size) for _ in range(options.highways))
@@ -102,7 +101,11 @@ class CharacterEncoder(nn.Module):
         """The maximum over the word of relu(convolution), the word between zeros."""
         valid = _layers.valid_from_lengths(lengths, x.shape[1]).unsqueeze(2)
         x = torch.where(valid, x, 0).transpose(1, 2)  # [B * T, embed_dim, C]
-        y = torch.cat([convolution(x) for convolution in self.convolutions], dim=1).transpose(1, 2)
+        maps = []
+        for convolution in self.convolutions:
+            (width,) = convolution.kernel_size
+            maps.append(convolution(nn.functional.pad(x, ((width - 1) // 2, width // 2))))
+        y = torch.cat(maps, dim=1).transpose(1, 2)
         return _layers.max_over_time(torch.relu(y), lengths)
 
 

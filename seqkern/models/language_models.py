@@ -165,21 +165,21 @@ class RNNLanguageModel(nn.Module):
         prompt = start_tokens if start_tokens.dim() == 2 else start_tokens.unsqueeze(0)
         was_training = self.training
         self.eval()
-        tokens = [prompt]
-        finished = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
-        state = None
-        for _ in range(max_len):
-            fed = tokens[-1] if self.batch_first else tokens[-1].t()
-            scores, state = self(fed, state)
-            last = scores[:, -1] if self.batch_first else scores[-1]
-            drawn = sample(
-                last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            ).unsqueeze(1)
-            if eos_idx is not None:
-                drawn = torch.where(finished, eos_idx, drawn)
-                finished = finished | (drawn == eos_idx)
-            tokens.append(drawn)
-        self.train(was_training)
+        try:
+            tokens = [prompt]
+            finished = torch.zeros_like(prompt[:, :1], dtype=torch.bool)
+            state = None
+            for _ in range(max_len):
+                scores, state = self(tokens[-1] if self.batch_first else tokens[-1].t(), state)
+                last = scores[:, -1] if self.batch_first else scores[-1]
+                drawn = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+                drawn = drawn.unsqueeze(1)
+                if eos_idx is not None:
+                    drawn = torch.where(finished, eos_idx, drawn)
+                    finished = finished | (drawn == eos_idx)
+                tokens.append(drawn)
+        finally:
+            self.train(was_training)
         ids = torch.cat(tokens, dim=1)
         return ids if start_tokens.dim() == 2 else ids.squeeze(0)
 
