@@ -261,6 +261,8 @@ def test_embedding_dropout_drops_whole_words() -> None:
     assert 60 < kept.sum() < 140
     agree({"kept": x[:200][kept]}, {"kept": 2 * model.embedding.weight[kept]}, 1e-6, "embedding_dropout")
     assert torch.equal(model.eval()._embed(ids), model.embedding(ids))
+    with pytest.raises(ValueError, match="embedding_dropout: expected a probability, 0 <= p < 1, got 1"):
+        RNNLanguageModel(V, E, H, embedding_dropout=1)
 
 
 def test_regularisers_are_seqkerns() -> None:

@@ -296,6 +296,8 @@ def test_word_dropout_teaches_the_unknown_word() -> None:
     tagger.word_dropout = 1.0
     assert torch.equal(tagger(x), unknown)
     assert not torch.allclose(tagger.eval()(x), unknown)
+    with pytest.raises(ValueError, match=r"word_dropout: expected a probability, 0\.\.1, got 1\.5"):
+        RNNTagger(V, K, E, H, word_dropout=1.5)
 
 
 def test_options_that_cannot_be() -> None:

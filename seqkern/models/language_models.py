@@ -92,6 +92,10 @@ class RNNLanguageModel(nn.Module):
             raise ValueError(
                 f"tie_weights: expected embed_dim = hidden_size, got {embed_dim} and {hidden_size}"
             )
+        if not 0 <= embedding_dropout < 1:
+            raise ValueError(
+                f"embedding_dropout: expected a probability, 0 <= p < 1, got {embedding_dropout}"
+            )
         self.logits, self.batch_first, self.embedding_dropout = logits, batch_first, embedding_dropout
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
         self.rnn = _layers.make(

@@ -53,6 +53,8 @@ class RNNTagger(nn.Module):
         layers: ModuleType = seqkern.nn,
     ) -> None:
         super().__init__()
+        if not 0 <= word_dropout <= 1:
+            raise ValueError(f"word_dropout: expected a probability, 0..1, got {word_dropout}")
         self.word_dropout, self.unk_idx = word_dropout, unk_idx
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
         self.characters = None if chars is None else CharacterEncoder(chars, layers=layers)
