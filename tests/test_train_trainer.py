@@ -10,7 +10,7 @@ from torch import nn
 from train_tasks import KilledError, Language, Tagging, train
 
 import seqkern
-from seqkern.text.characters import Windows
+from seqkern.text import Windows
 from seqkern.train import checkpoint
 from seqkern.train import log as logs
 from seqkern.train.batches import ExampleBatches, WindowBatches, shuffled, to_device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import seqkern
-from seqkern.text.characters import Windows
+from seqkern.text import Windows
 from seqkern.train.batches import ExampleBatches, WindowBatches, shuffled
 from seqkern.train.config import Training, with_options
 from seqkern.train.distributed import World, join, was_restarted

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkern.text.characters import Windows
+from seqkern.text import Windows
 
 Weighted = tuple[Any, int]  # a batch, and how many targets its loss sums over
 
