@@ -1,0 +1,99 @@
+"""The reference models: the classic sequence tutorials' modules on seqkern's layers.
+
+A state_dict of the torch.nn original loads. Every model takes `layers`, the module its recurrent and
+attention layers come from: seqkern.nn, or torch.nn for the same model on PyTorch's own layers.
+"""
+
+from seqkern.models.decoding import (
+    DecodingModule,
+    Hypotheses,
+    ancestral_sampling,
+    beam_search,
+    greedy_search,
+    reorder_state,
+)
+from seqkern.models.positional import DropoutPositionalEncoding, PositionalEncoding
+from seqkern.models.sampling import filter_logits, sample
+from seqkern.models.seq2seq import (
+    CharDecoder,
+    CharEncoder,
+    DecoderRNN,
+    EncoderRNN,
+    LSTMDecoder,
+    LSTMEncoder,
+    LSTMSeq2Seq,
+)
+from seqkern.models.seq2seq_attention import (
+    AttnDecoder,
+    AttnEncoder,
+    AttnScore,
+    AttnSeq2Seq,
+    BahdanauAttention,
+    LuongAttention,
+)
+from seqkern.models.teacher_forcing import scheduled_sampling
+from seqkern.models.transformer import (
+    CNN,
+    Embeddings,
+    EncoderLayer,
+    MultiHeadAttentionHA,
+    SimpleTransformer,
+    TransformerClassifier,
+    TransformerEncoder,
+    TransformerModel,
+)
+from seqkern.models.translation import TranslationGRU, TranslationModel, TranslationTransformer
+from seqkern.models.vanilla_transformer import (
+    AttentionBlock,
+    DecoderBlock,
+    SelfAttention,
+    TransformerBlock,
+    VanillaDecoder,
+    VanillaEncoder,
+    VanillaTransformer,
+)
+
+__all__ = [
+    "CNN",
+    "AttentionBlock",
+    "AttnDecoder",
+    "AttnEncoder",
+    "AttnScore",
+    "AttnSeq2Seq",
+    "BahdanauAttention",
+    "CharDecoder",
+    "CharEncoder",
+    "DecoderBlock",
+    "DecoderRNN",
+    "DecodingModule",
+    "DropoutPositionalEncoding",
+    "Embeddings",
+    "EncoderLayer",
+    "EncoderRNN",
+    "Hypotheses",
+    "LSTMDecoder",
+    "LSTMEncoder",
+    "LSTMSeq2Seq",
+    "LuongAttention",
+    "MultiHeadAttentionHA",
+    "PositionalEncoding",
+    "SelfAttention",
+    "SimpleTransformer",
+    "TransformerBlock",
+    "TransformerClassifier",
+    "TransformerEncoder",
+    "TransformerModel",
+    "TranslationGRU",
+    "TranslationModel",
+    "TranslationTransformer",
+    "VanillaDecoder",
+    "VanillaEncoder",
+    "VanillaTransformer",
+    "ancestral_sampling",
+    "beam_search",
+    "filter_logits",
+    "greedy_search",
+    "reorder_state",
+    "sample",
+    "scheduled_sampling",
+]
