@@ -157,6 +157,41 @@ def errors_nearby(theirs: nn.Module, x: Tensor, hx: State, call: Call | None) ->
     return largest_errors(draw, x.dtype)
 
 
+def check_modules(
+    theirs: nn.Module, ours: nn.Module, run: Callable, case: str, vanishing: str = ""
+) -> tuple[Tensor, ...]:
+    """run(module, dtype) → outputs. The rule for all outputs and parameters' gradients of whole modules.
+
+    torch.nn's module `theirs` gives the weights; the float64 oracle is torch.nn's. `vanishing` names a
+    parameter whose exact gradient is 0, so that any number found is rounding. Returns seqkern's outputs.
+    """
+    ours.load_state_dict(theirs.state_dict())
+
+    def evaluate(module: nn.Module, dtype: torch.dtype) -> Results:
+        outputs = flat(run(module, dtype))
+        generator = torch.Generator().manual_seed(0)
+        dys = [torch.randn(y.shape, generator=generator, dtype=torch.float32).to(dtype) for y in outputs]
+        names, weights = zip(*module.named_parameters(), strict=True)
+        grads = torch.autograd.grad(outputs, weights, dys, materialize_grads=True)
+        results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+        return results | {f"d {name}": grad for name, grad in zip(names, grads, strict=True)}
+
+    def draw(nudged: Nudge, working: torch.dtype, seed: int) -> tuple[Results, Results]:
+        module = copy.deepcopy(theirs)
+        for weight in module.parameters():
+            weight.data = nudged(weight)
+        return evaluate(module, working), evaluate(copy.deepcopy(module).double(), torch.float64)
+
+    got = evaluate(ours, torch.float32)
+    peer = evaluate(theirs, torch.float32)
+    oracle = evaluate(copy.deepcopy(theirs).double(), torch.float64)
+    if vanishing:
+        results = [found.pop(f"d {vanishing}").abs().max() for found in (oracle, peer, got)]
+        assert all(size < bound for size, bound in zip(results, (1e-12, 1e-5, 1e-5), strict=True)), results
+    within(got, peer, oracle, case, lambda: largest_errors(draw, torch.float32))
+    return tuple(y for name, y in got.items() if name.startswith("output"))
+
+
 def largest_errors(
     draw: Callable[[Nudge, torch.dtype, int], tuple[Results, Results]], dtype: torch.dtype
 ) -> dict[str, float]:

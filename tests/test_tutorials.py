@@ -3,7 +3,6 @@
 M PyTorch Masterclass (part 3), C CMSC 473/673, S PyTorch sequence modeling, T Tutorial 07 (sequential tasks).
 """
 
-import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import flat, within
+from compare import check_modules, flat
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -23,34 +22,12 @@ SEQKERN = SimpleNamespace(**(vars(nn) | {name: getattr(seqkern, name) for name i
 
 
 def compare_modules(make: Callable, run: Callable, case: str, vanishing: str = "") -> tuple[Tensor, ...]:
-    """make(nn) → module; run(module, dtype) → outputs. The rule for all outputs and parameters' gradients.
-
-    torch.nn's module gives the weights; the float64 oracle is torch.nn's. `vanishing` names a parameter whose
-    exact gradient is 0, so that any number found is rounding. Returns seqkern's outputs.
-    """
+    """make(nn) → module; run(module, dtype) → outputs. check_modules for it on torch.nn and on seqkern."""
     theirs, ours = make(nn), make(SEQKERN)
-    ours.load_state_dict(theirs.state_dict())
     assert any(type(m).__module__.startswith("seqkern") for m in ours.modules()), (
         "the snippet uses no seqkern"
     )
-
-    def evaluate(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        outputs = flat(run(module, dtype))
-        generator = torch.Generator().manual_seed(0)
-        dys = [torch.randn(y.shape, generator=generator, dtype=torch.float32).to(dtype) for y in outputs]
-        names, weights = zip(*module.named_parameters(), strict=True)
-        grads = torch.autograd.grad(outputs, weights, dys, materialize_grads=True)
-        results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-        return results | {f"d {name}": grad for name, grad in zip(names, grads, strict=True)}
-
-    got = evaluate(ours, torch.float32)
-    peer = evaluate(theirs, torch.float32)
-    oracle = evaluate(copy.deepcopy(theirs).double(), torch.float64)
-    if vanishing:
-        results = [found.pop(f"d {vanishing}").abs().max() for found in (oracle, peer, got)]
-        assert all(size < bound for size, bound in zip(results, (1e-12, 1e-5, 1e-5), strict=True)), results
-    within(got, peer, oracle, case)
-    return tuple(y for name, y in got.items() if name.startswith("output"))
+    return check_modules(theirs, ours, run, case, vanishing)
 
 
 @pytest.mark.parametrize("layer", ["RNN", "LSTM", "GRU"])

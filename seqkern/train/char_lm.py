@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqkern.train.tbptt import State, map_state
+from seqkern.models import RNNLanguageModel
+from seqkern.train.tbptt import map_state
 
 
-class CharLM(nn.Module):
-    """logits_t = W · rnn(embedding(id_1), …, embedding(id_t)) + b
+class CharLM(RNNLanguageModel):
+    """logits_t = W · rnn(embedding(id_1), …, embedding(id_t)) + b, of ids [T, B].
 
     `layer` is any recurrent layer with torch.nn's constructor: torch.nn.LSTM, seqkern.LSTM, seqkern.GRU, …
     """
@@ -28,18 +29,13 @@ class CharLM(nn.Module):
         num_layers: int = 1,
         layer: Callable[..., nn.RNNBase] = nn.LSTM,
     ) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, embed_dim)
-        self.rnn = layer(embed_dim, hidden_size, num_layers)
-        self.fc = nn.Linear(hidden_size, vocab_size)
-
-    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """
-        Args:     ids: [T, B] int64;  state: what the call before returned, or None for zeros
-        Returns:  logits: [T, B, V];  state after the last step
-        """
-        y, state = self.rnn(self.embedding(ids), state)
-        return self.fc(y), state
+        super().__init__(
+            *(vocab_size, embed_dim, hidden_size),
+            cell=layer,
+            num_layers=num_layers,
+            logits=True,
+            batch_first=False,
+        )
 
 
 @torch.no_grad()
@@ -88,9 +84,8 @@ def _first_rows(n: int, state: Tensor) -> Tensor:
     return state[:, :n].contiguous()
 
 
-@torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: RNNLanguageModel,
     prompt: Tensor,
     length: int,
     *,
@@ -102,19 +97,7 @@ def sample(
     Args:     prompt: [n] int64, n ≥ 1;  generator: on the CPU
     Returns:  ids: [n + length], on the CPU
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     if not len(prompt):
         raise ValueError("prompt: expected at least one id, got none")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    ids = prompt.cpu().tolist()
-    inputs, state = prompt[:, None], None
-    for _ in range(length):
-        logits, state = model(inputs.to(device), state)
-        p = torch.softmax(logits[-1, 0].float().cpu() / temperature, dim=0)
-        inputs = torch.multinomial(p, 1, generator=generator)[:, None]
-        ids.append(inputs.item())
-    model.train(was_training)
-    return torch.tensor(ids)
+    return model.generate(prompt.to(device), length, temperature, generator=generator).cpu()

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 import seqkern
+from seqkern.text import CharCorpus, CorpusError, Windows, read_texts, standard_library
 from seqkern.train.char_lm import CharLM, bits_per_character, sample
 from seqkern.train.compare import Comparison, parity, recurrent, speed
-from seqkern.train.corpus import CharCorpus, CorpusError, Windows, read_texts, standard_library
 from seqkern.train.progress import Progress
 from seqkern.train.tbptt import TruncatedBPTT
 

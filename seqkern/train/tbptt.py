@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqkern.train.corpus import Windows
+from seqkern.text import Windows
 
 State = Any  # a tensor, or a tuple of states: h for RNN and GRU, (h, c) for LSTM, as each cell carries it
 

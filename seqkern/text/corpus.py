@@ -1,86 +1,29 @@
-"""Text for character-level language models: files in, id tensors out.
+"""Texts for language models: whole files or their ends held out, ids in one stream, windows of it.
 
 read_texts / standard_library   files of a path, or of Python's own standard library
   → CharCorpus.from_texts       whole files held out by a hash of their names; characters become ids
+    WordCorpus.from_texts       the same with words, <eos> after each line
+    WordCorpus.from_lines       files that are split already, such as WikiText's
     → Windows                   [T, B] inputs and targets for truncated BPTT; row b goes on in the next window
 """
 
 from __future__ import annotations
 
 import hashlib
-import sysconfig
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# Tables, tests (often of invalid code) and other people's packages: not the text that one would learn from.
-_NOT_LIBRARY_CODE = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-}
+from seqkern.text.characters import CharVocabulary
+from seqkern.text.files import CorpusError, Text, read_lines
+from seqkern.text.tokenization import word_tokenize
+from seqkern.text.vocabulary import Vocabulary
 
-
-class CorpusError(ValueError):
-    """A corpus that is missing, unreadable, empty or too short; the message says which."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """One file's contents. `name` is relative to the corpus' root: a split does not depend on the machine."""
-
-    name: str
-    text: str
-
-
-def standard_library() -> list[Text]:
-    """Python's own standard library: the .py files, without tests, encoding tables and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (file for file in root.rglob("*.py") if not _NOT_LIBRARY_CODE & set(file.relative_to(root).parts))
-    return _read(root, files)
-
-
-def read_texts(path: str | Path) -> list[Text]:
-    """A text file, or every one below a folder; hidden files and what is not UTF-8 text are passed over.
-
-    Raises:   CorpusError: nothing at `path`, or no text in it
-    """
-    path = Path(path)
-    if path.is_file():
-        texts = _read(path.parent, [path])
-    elif path.is_dir():
-        visible = (file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)))
-        texts = _read(path, visible)
-    else:
-        raise CorpusError(f"corpus: no file or folder at {path}")
-    if not texts:
-        raise CorpusError(f"corpus: {path} holds no UTF-8 text")
-    return texts
-
-
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
-
-
-def _read(root: Path, files: Iterable[Path]) -> list[Text]:
-    texts = []
-    for file in sorted(files):
-        if not file.is_file():
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if text.strip() and "\0" not in text:
-            texts.append(Text(file.relative_to(root).as_posix(), text))
-    return texts
+EOS = "<eos>"
 
 
 def split(texts: Sequence[Text], held_out: float) -> tuple[list[Text], list[Text]]:
@@ -119,47 +62,6 @@ def _first_characters(texts: Sequence[Text], limit: int) -> list[Text]:
     return kept
 
 
-class CharVocabulary:
-    """Characters ↔ ids. Id 0 is any unknown character, id 1 the boundary before and after each file.
-
-    Decoding writes an unknown character as U+FFFD and a boundary as nothing.
-    """
-
-    UNKNOWN = 0
-    BOUNDARY = 1
-
-    def __init__(self, characters: str) -> None:
-        self.characters = "".join(sorted(set(characters)))
-        self._to_text = ["\N{REPLACEMENT CHARACTER}", "", *self.characters]
-        self._to_id = torch.full((0x110000,), self.UNKNOWN)
-        self._to_id[_code_points(self.characters)] = torch.arange(2, len(self))
-
-    @classmethod
-    def of(cls, text: str, *, min_share: float = 0.0) -> CharVocabulary:
-        """The characters of `text` that make up a share of at least `min_share` of it."""
-        counts = torch.bincount(_code_points(text))
-        common = (counts >= max(min_share * len(text), 1)).nonzero()[:, 0]
-        return cls("".join(map(chr, common.tolist())))
-
-    def __len__(self) -> int:
-        return len(self._to_text)
-
-    def encode(self, text: str) -> Tensor:
-        """int64 [len(text)]"""
-        return self._to_id[_code_points(text)]
-
-    def decode(self, ids: Tensor | Sequence[int]) -> str:
-        return "".join(self._to_text[int(i)] for i in ids)
-
-
-def _code_points(text: str) -> Tensor:
-    """int64 [len(text)]: what ord() says of each character, without a Python loop."""
-    if not text:
-        return torch.empty(0, dtype=torch.int64)
-    data = bytearray(text.encode("utf-32-le", "surrogatepass"))
-    return torch.frombuffer(data, dtype=torch.int32).long()
-
-
 @dataclass(frozen=True)
 class CharCorpus:
     """A corpus as ids.
@@ -196,6 +98,82 @@ class CharCorpus:
         return cls(vocabulary, torch.cat([*stream, boundary]), files)
 
 
+def read_words(
+    path: str | Path, *, tokenize: Callable[[str], list[str]] = word_tokenize, encoding: str = "utf-8"
+) -> Iterator[list[str]]:
+    """The tokens of each line of a text file, blank ones included, with <eos> after them. Streams.
+
+    So WikiText-2 is read: 2,088,628, 217,646 and 245,569 tokens.
+
+    Raises:   CorpusError: as read_lines
+    """
+    return ([*tokenize(line), EOS] for line in read_lines(path, encoding=encoding))
+
+
+@dataclass(frozen=True)
+class WordCorpus:
+    """A corpus as ids of words; the vocabulary is that of the training part, with <unk> 0 and <eos> 1.
+
+    train:     int64 [N]
+    held_out:  one int64 [n] per held-out file
+    """
+
+    vocabulary: Vocabulary
+    train: Tensor
+    held_out: list[Tensor]
+
+    @classmethod
+    def from_lines(
+        cls,
+        train: Iterable[Sequence[str]],
+        held_out: Sequence[Iterable[Sequence[str]]] = (),
+        *,
+        min_freq: int = 1,
+        max_size: int | None = None,
+    ) -> WordCorpus:
+        """
+        Args:     train: token lists, as read_words gives them
+                  held_out: the same of each other file
+                  min_freq, max_size: as Vocabulary.build has them
+        """
+        # The training part is read once: ids by appearance first, from which the real ones are looked up.
+        seen: dict[str, int] = {}
+        stream = array("q")
+        for line in train:
+            stream.extend(seen.setdefault(token, len(seen)) for token in line)
+        if not stream:
+            raise CorpusError("corpus: no tokens to learn from")
+        ids = torch.frombuffer(stream, dtype=torch.int64)
+        counts = dict(zip(seen, torch.bincount(ids).tolist(), strict=True))
+        vocabulary = Vocabulary.from_counts(
+            counts, min_freq=min_freq, max_size=max_size, specials=("<unk>", EOS)
+        )
+        held = [
+            torch.tensor([i for line in lines for i in vocabulary.encode(line)], dtype=torch.int64)
+            for lines in held_out
+        ]
+        return cls(vocabulary, torch.tensor(vocabulary.encode(list(seen)))[ids], held)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Sequence[Text],
+        *,
+        tokenize: Callable[[str], list[str]] = word_tokenize,
+        held_out: float = 0.05,
+        min_freq: int = 1,
+        max_size: int | None = None,
+    ) -> WordCorpus:
+        """Splits, takes the vocabulary from the training files alone, and encodes, <eos> after each line."""
+
+        def lines(text: Text) -> Iterator[list[str]]:
+            return ([*tokenize(line), EOS] for line in text.text.removesuffix("\n").split("\n"))
+
+        train, held = split(texts, held_out)
+        words = (line for text in train for line in lines(text))
+        return cls.from_lines(words, list(map(lines, held)), min_freq=min_freq, max_size=max_size)
+
+
 class Windows:
     """A stream cut into B contiguous rows, and the rows into windows of T steps.
 
@@ -212,7 +190,7 @@ class Windows:
         self._length = (N // B - 1) // T
         if self._length < 1:
             raise CorpusError(
-                f"corpus: {N} characters are too few for {B} rows of {T} steps (at least {B * (T + 1)})"
+                f"corpus: {N} ids are too few for {B} rows of {T} steps (at least {B * (T + 1)})"
             )
         self._rows = stream[: N // B * B].view(B, N // B).t()
 
