@@ -1,5 +1,6 @@
-"""The recurrent variants: cases, and how one is measured, beside a user's eager loop (on a GPU also beside
-haste's design, a product and a pointwise kernel per step) and beside seqkern's LSTM or GRU of the same size.
+"""The recurrent variants: cases, and how one is measured, beside eager loops and beside seqkern's LSTM or GRU
+of the same size. The loops: a user's, which calls the cell once per step (on a CPU); the eager backend's, which
+multiplies all steps' inputs at once; on a GPU also haste's design, a product and a pointwise kernel per step.
 
 `to_base` is a variant's time over that of its base, `scaled` the same after dividing by the ratio of their
 work: what a variant costs beyond it. On a CPU the work is FLOPs, on a GPU the exchanges between blocks that a
@@ -21,7 +22,7 @@ from bench import harness, parity
 
 FAMILY = "variants"
 MODES = ("forward", "training")
-LOOP, STEPS = "eager loop", "step by step"
+CELLS, LOOP, STEPS = "cell by cell", "eager loop", "step by step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def cells(device: str) -> list[tuple[str, Case]]:
     ]
 
 
-LOOP_TARGET = 8.0  # times faster than the loop, forward and backward, on two CPU cores
+CELLS_TARGET = 8.0  # times faster than cell by cell, forward and backward, on two CPU cores
 STEPS_TARGET = 3.0  # times faster than step by step, on a GPU
 BASE_TARGET = 1.3  # times the base's time, in proportion to the work
 
@@ -120,10 +121,13 @@ class Problem:
         self.dtype, self.case, self.device, self.base_name = dtype, case, device, variant.base
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            build = functools.partial(
-                getattr(seqkern, variant.module), case.I, case.H, **dict(variant.options)
-            )
-            self.module = build().to(device=device, dtype=dtype)
+            sizes, options = (case.I, case.H), dict(variant.options)
+            self.module = getattr(seqkern, variant.module)(*sizes, **options).to(device=device, dtype=dtype)
+            self.cell: torch.nn.Module | None = None
+            if device == "cpu" and not variant.name.startswith("LSTM, "):  # whose cell is torch.nn's
+                self.cell = getattr(seqkern, f"{variant.module}Cell")(*sizes, **options).to(dtype=dtype)
+                state = self.module.state_dict()
+                self.cell.load_state_dict({name.replace("_l0", ""): number for name, number in state.items()})
             self.base = getattr(seqkern, variant.base)(case.I, case.H).to(device=device, dtype=dtype)
         generator = torch.Generator().manual_seed(2)
         self.x = torch.randn(case.T, case.B, case.I, generator=generator).to(device=device, dtype=dtype)
@@ -132,6 +136,14 @@ class Problem:
     def loop(self) -> torch.Tensor:
         with seqkern.use_backend("eager"):
             return self.module(self.x)[0]
+
+    def cell_by_cell(self) -> torch.Tensor:
+        state, ys = None, []
+        with seqkern.use_backend("eager"):
+            for x in self.x:
+                state = self.cell(x, state)
+                ys.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(ys)
 
     def subjects(self) -> dict[str, tuple[torch.nn.Module, Callable[[], torch.Tensor]]]:
         def run() -> torch.Tensor:
@@ -142,6 +154,8 @@ class Problem:
             "seqkern": (self.module, run),
             self.base_name: (self.base, lambda: self.base(self.x)[0]),
         }
+        if self.cell is not None:
+            found[CELLS] = (self.cell, self.cell_by_cell)
         if self.device == "cuda" and BY_NAME[self.case.variant].of_hidden > 0:
             found[STEPS] = (self.module, run)
         return found
@@ -208,6 +222,7 @@ def entries(
             "best_gflops": float(f"{case.flops(part) / theirs['median'] / 1e9:.4g}"),
             "parity": gates["seqkern"].to_json(),
         }
-        if STEPS in spreads:
-            entry["to_steps"] = float(f"{spreads[STEPS]['median'] / ours['median']:.4g}")
+        for key, name in (("to_cells", CELLS), ("to_steps", STEPS)):
+            if name in spreads:
+                entry[key] = float(f"{spreads[name]['median'] / ours['median']:.4g}")
         yield entry
