@@ -1,5 +1,5 @@
 """The recurrent variants: cases, and how one is measured, beside eager loops and beside seqkern's LSTM or GRU
-of the same size. The loops: a user's, which calls the cell once per step (on a CPU); the eager backend's, which
+of the same size. The loops: on a CPU a user's, which calls the cell once per step; the eager backend's, which
 multiplies all steps' inputs at once; on a GPU also haste's design, a product and a pointwise kernel per step.
 
 `to_base` is a variant's time over that of its base, `scaled` the same after dividing by the ratio of their
