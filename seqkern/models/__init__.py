@@ -1,7 +1,26 @@
 """The reference models: the classic sequence tutorials' modules on seqkern's layers.
 
 A state_dict of the torch.nn original loads. Every model takes `layers`, the module its recurrent and
-attention layers come from: seqkern.nn, or torch.nn for the same model on PyTorch's own layers.
+attention layers come from: seqkern.nn, or torch.nn for the same model on PyTorch's own layers. Where a
+tutorial has a slip, the model's docstring says what is corrected.
+
+The tutorials, by the letters that the docstrings use: M PyTorch Masterclass, part 3: NLP; T Tutorial 07:
+sequential tasks; C CMSC 473/673: recurrent networks; S PyTorch sequence modeling; D deep learning for NLP.
+Names that collide between them, or with seqkern.nn's:
+
+    tutorial                                        here
+    M Encoder, Decoder, Seq2Seq                     LSTMEncoder, LSTMDecoder, LSTMSeq2Seq
+    M the same with attention, Attention            AttnEncoder, AttnDecoder, AttnSeq2Seq, AttnScore
+    D Encoder, Decoder                              CharEncoder, CharDecoder
+    M MultiHeadAttention, of the Transformer        SelfAttention
+    M MultiHeadAttention, in block form             AttentionBlock
+    M Encoder, Decoder, Transformer                 VanillaEncoder, VanillaDecoder, VanillaTransformer
+    T MultiHeadAttention                            MultiHeadAttentionHA
+    T PositionalEncoding                            DropoutPositionalEncoding
+    M, S, D PositionalEncoding                      PositionalEncoding, for D with batch_first=False
+
+Two corrections change shapes, so that not all of a tutorial's state_dict fits: AttnEncoder has both
+directions and a bridge, and CharDecoder's GRU reads 2H.
 """
 
 from seqkern.models.decoding import (

@@ -102,7 +102,7 @@ def _later(L: int, device: torch.device) -> Tensor:
 
 
 def _padding(lengths: Tensor, L: int) -> Tensor:
-    """torch.nn gives NaN where there is no key at all: an empty row keeps its first."""
+    """[B, L] bool. Without any key torch.nn's encoder gives NaN in places: an empty row keeps its first."""
     return ~valid_from_lengths(lengths.clamp(min=1), L)
 
 
