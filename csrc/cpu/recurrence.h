@@ -245,11 +245,11 @@ struct Layer {
   void add_to_slots(C* out, int slots, int slot, int rotation, int gates, const S* numbers,
                     int64_t block_begin, int64_t block_end) const {
     if (!numbers) return;
-    for (int64_t unit = block_begin * L; unit < block_end * L && unit < H; unit++)
+    for (int64_t u = block_begin; u < block_end; u++)
       for (int g = 0; g < gates; g++) {
-        C value[1];
-        convert(value, numbers + (g + rotation) % gates * H + unit, 1);
-        out[unit / L * slots * L + (slot + g) * L + unit % L] += value[0];
+        C* at = out + (u * slots + slot + g) * L;
+        const S* from = numbers + (g + rotation) % gates * H + u * L;
+        store(at, load(at) + load_first(from, H - u * L));
       }
   }
 
