@@ -502,6 +502,7 @@ struct Forward : Layer<S> {
     for (int64_t d = 0; d < D; d++) {
       tasks[d] = carve_step(scratch, memory, d);
       this->make_own(memory.own[d], q.weights[d]);
+      if (cell.mid == 2) make_bias2(memory.bias2[d], q.weights[d]);
     }
     // The rows that are alive, or the blocks, shared out between the threads.
     const int64_t n = seq.active[0];
