@@ -289,9 +289,7 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             at.loss, at.loss_targets, at.loss_seconds = 0.0, 0.0, now
             self._note = f"loss {mean:.4g}, {rate:,.0f} targets/s"
-            self.log.write(
-                "step", step=at.step, epoch=at.epoch, loss=mean, lr=lr, rate=rate, seconds=now
-            )
+            self.log.write("step", step=at.step, epoch=at.epoch, loss=mean, lr=lr, rate=rate, seconds=now)
             if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"loss: {mean} before update {at.step}; a smaller lr ({lr:g}) or clip may help"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 from seqkern.models import RNNLanguageModel
 from seqkern.text import Windows
 from seqkern.train.batches import WindowBatches
-from seqkern.train.char_lm import bits_per_character
 from seqkern.train.config import Schedule, Training, changed, option
 from seqkern.train.recipes._recipe import Recipe, device_of, find
 from seqkern.train.tbptt import State, detach_state
@@ -83,9 +81,6 @@ class LanguageModelling(Recipe):
         return F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing, reduction="sum"
         )
-
-    def nats(self, model: nn.Module, streams: list[Tensor]) -> float:
-        return bits_per_character(model, streams, B=32, T=256) * math.log(2)
 
     def generate(
         self, model: nn.Module, prompt: str, length: int, generator: torch.Generator, **sampling: Any

@@ -13,6 +13,7 @@ from seqkern.train.config import changed, option
 from seqkern.train.metrics import bits
 from seqkern.train.recipes._language import LanguageConfig, LanguageModelling
 from seqkern.train.recipes._recipe import find
+from seqkern.train.tbptt import nats_per_token
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,5 @@ class CharLM(LanguageModelling):
         return self.vocabularies["tokens"].decode(ids)
 
     def figures(self, model: nn.Module, examples: list[Tensor], *, final: bool = False) -> dict[str, float]:
-        nats = self.nats(model, examples)
+        nats = nats_per_token(model, examples, T=256)
         return {"nats": nats, "bits": bits(nats)}
