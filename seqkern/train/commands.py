@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -58,6 +59,8 @@ def train(argv: Sequence[str] | None = None) -> int:
         config = with_options(RECIPES[args.recipe].config(), [*args.options, *seed])
     except ValueError as error:
         parser.error(str(error))
+    if config.fsdp and "RANK" not in os.environ:
+        parser.error("fsdp: expected to run under torchrun: torchrun --nproc-per-node=N -m seqkern train …")
     out = args.out or Path("runs") / args.recipe
     with join(args.device) as world, _backend(args):
         try:

@@ -29,25 +29,24 @@ class CharLM(LanguageModelling):
     name = "char-lm"
 
     def read(self, path: Path | None) -> None:
-        corpus = self._corpus(path)
-        self.vocabularies["tokens"] = corpus.vocabulary
-        self.train, self.valid = corpus.train, corpus.held_out
+        limit = self.config.max_characters or None
+        files = path and self.files(path)
+        if files:
+            train, valid = ([text.text for text in read_texts(file)] for file in files)
+            self.vocabularies["tokens"] = CharVocabulary.of("".join(train)[:limit])
+            self.train, self.valid = self._stream("".join(train)[:limit]), [self._stream(v) for v in valid]
+        else:
+            corpus = self._corpus(path)
+            self.vocabularies["tokens"] = corpus.vocabulary
+            self.train, self.valid = corpus.train, corpus.held_out
         self.make_batches()
 
     def _corpus(self, path: Path | None) -> CharCorpus:
-        limit = self.config.max_characters or None
-        if path is not None and (files := self.files(path)):
-            train, valid = (read_texts(file) for file in files)
-            text = "".join(one.text for one in train)[:limit]
-            vocabulary = CharVocabulary.of(text)
-            boundary = torch.tensor([vocabulary.BOUNDARY])
-            streams = [
-                torch.cat([boundary, vocabulary.encode(part)]) for part in (text, *(v.text for v in valid))
-            ]
-            return CharCorpus(vocabulary, streams[0], streams[1:])
+        """Text without files of its own for validation."""
         texts = standard_library() if path is None else read_texts(path)
         if not texts:
             raise CorpusError("corpus: this Python's standard library comes without .py files; name --data")
+        limit = self.config.max_characters or None
         return CharCorpus.from_texts(
             texts, held_out=self.config.held_out, min_share=1e-6, max_characters=limit
         )
@@ -60,7 +59,12 @@ class CharLM(LanguageModelling):
             if file is None:
                 raise CorpusError(f"corpus: no file of the {split} split in {path}")
             path = file
-        return [self.encode(text.text) for text in read_texts(path)]
+        return [self._stream(text.text) for text in read_texts(path)]
+
+    def _stream(self, text: str) -> Tensor:
+        """A file's ids, a boundary first, as CharCorpus has them."""
+        boundary = torch.tensor([self.vocabularies["tokens"].BOUNDARY])
+        return torch.cat([boundary, self.encode(text)])
 
     def encode(self, text: str) -> Tensor:
         return self.vocabularies["tokens"].encode(text)
