@@ -5,9 +5,6 @@ Each gives µs per step, forward and forward + backward, of a layer whose input 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -20,17 +17,6 @@ ROWS = [
 ]
 
 
-@contextlib.contextmanager
-def forced(tier: str) -> Iterator[None]:
-    from seqkern import _extension
-
-    _extension._C.set_cuda_tier(tier)
-    try:
-        yield
-    finally:
-        _extension._C.set_cuda_tier("")
-
-
 @pytest.mark.parametrize(("family", "dtype_name", "tier_case", "tier"), ROWS)
 def test_tier(
     bench_session, benchmark, family: str, dtype_name: str, tier_case: cases.Case, tier: str
@@ -40,7 +26,7 @@ def test_tier(
         pytest.skip("needs a CUDA device; torch sees none")
     session.skip_if_late()
     ids = [f"{family}-{dtype_name}-{case.name}-{mode}-{tier}" for mode in ("forward", "training")]
-    with forced(tier):
+    with harness.forced_tier(tier):
         try:
             harness.Problem(session.library, family, dtype, case.scaled(family, 1e9), session.device).gate()
         except (RuntimeError, ValueError) as error:

@@ -15,7 +15,7 @@ CELLS = [
         id=f"{variants.FAMILY}-{dtype}-{case.name}-{mode}",
         marks=[] if case.short else [pytest.mark.long],
     )
-    for dtype, case in variants.CELLS
+    for dtype, case in variants.cells("cuda" if torch.cuda.is_available() else "cpu")
     for mode in variants.MODES
 ]
 

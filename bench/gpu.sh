@@ -3,7 +3,7 @@
 # compute-sanitizer on a few cases, and the benchmarks against every peer that is there. Within MINUTES (default 9): what
 # has not begun by then is left out, what runs then is interrupted and keeps its results.
 #
-#   bench/gpu.sh OUT [build] [test] [bench] [sync] [sanitize] [tiers] [attention]
+#   bench/gpu.sh OUT [build] [test] [bench] [sync] [sanitize] [tiers] [variants] [attention]
 #
 # No step named: all but attention, which has been here before and takes as long again. Needs a Python with torch (CUDA),
 # triton, pytest, pytest-benchmark, hypothesis, and cmake, ninja and nvcc. PYTHON names it (default python3). BENCH_CASES
@@ -15,9 +15,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 dry=${DRY:-}
-out=${1:?usage: bench/gpu.sh OUT [build] [test] [sync] [sanitize] [bench] [tiers] [attention]}
+out=${1:?usage: bench/gpu.sh OUT [build] [test] [sync] [sanitize] [bench] [tiers] [variants] [attention]}
 shift
-steps=${*:-build test bench sync sanitize tiers}
+steps=${*:-build test bench sync sanitize tiers variants}
 mkdir -p "$out"
 worst=0
 deadline=$((SECONDS + 60 * ${MINUTES:-9}))
@@ -66,7 +66,7 @@ measure=(--benchmark --benchmark-results "$out/results")
 if [ -z "$gpu" ]; then measure=(); fi
 cases=()
 for case in ${BENCH_CASES:-}; do cases+=(--benchmark-case "$case"); done
-if [ -n "$dry" ] && [ -z "${BENCH_CASES:-}" ]; then cases=(--benchmark-case float32-c10 --benchmark-case tier64); fi
+if [ -n "$dry" ] && [ -z "${BENCH_CASES:-}" ]; then cases=(--benchmark-case float32-c10 --benchmark-case tier64 --benchmark-case mgu-); fi
 
 for step in $steps; do
   case $step in
@@ -88,6 +88,8 @@ for step in $steps; do
     bench) run 150 bench "$python" -m pytest -q bench/bench_lstm.py bench/bench_gru.py bench/bench_rnn.py \
       --benchmark-minutes 2 "${measure[@]}" "${cases[@]}" ;;
     tiers) run 90 tiers "$python" -m pytest -q bench/bench_tiers.py --benchmark-minutes 1 "${measure[@]}" "${cases[@]}" ;;
+    variants) run 90 variants "$python" -m pytest -q bench/bench_variants.py --benchmark-minutes 1 "${measure[@]}" \
+      "${cases[@]}" ;;
     attention)
       run 300 attention-test "$python" -m pytest -q -m gpu -p no:cacheprovider tests/test_triton.py
       run 500 attention "$python" -m pytest -q bench/bench_attention.py --benchmark-minutes 8 "${measure[@]}" "${cases[@]}"

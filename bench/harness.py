@@ -9,6 +9,7 @@ is slower only if the bands part.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -339,6 +340,18 @@ class no_collection:  # noqa: N801  (a context manager, used like a function)
 
     def __exit__(self, *exc: object) -> None:
         gc.enable()
+
+
+@contextlib.contextmanager
+def forced_tier(tier: str) -> Iterator[None]:
+    """seqkern's recurrent layers on CUDA take this tier of csrc/cuda/plan.h, or raise."""
+    from seqkern import _extension
+
+    _extension._C.set_cuda_tier(tier)
+    try:
+        yield
+    finally:
+        _extension._C.set_cuda_tier("")
 
 
 def speed_entries(

@@ -488,21 +488,34 @@ def crf_table(results: Results) -> str:
 
 
 def variants_table(results: Results) -> str:
-    """The recurrent variants against an eager loop, and what they cost beside LSTM, GRU or RNN."""
+    """The recurrent variants against eager loops, and what they cost beside LSTM, GRU or RNN."""
     found, rows = results.kinds["variants"], []
-    for dtype, case in variants.CELLS:
+    on_cpu = results.machine["device"] == "cpu"
+    peer, key, goal = (
+        (variants.CELLS, "to_cells", variants.CELLS_TARGET)
+        if on_cpu
+        else (variants.STEPS, "to_steps", variants.STEPS_TARGET)
+    )
+    for dtype, case in variants.cells("cpu" if on_cpu else "cuda"):
         row: list[str] = []
         for mode in variants.MODES:
             entry = found.get(f"{variants.FAMILY}-{dtype}-{case.name}-{mode}")
             if entry is None:
-                row += ["", ""]
+                row += [""] * 3
                 continue
-            training = mode == "training" and results.machine["device"] == "cpu"
-            row.append(verdict_cell(entry["ratio"], variants.LOOP_TARGET) if training else ratio_cell(entry))
-            row.append(f"{entry['to_base']:.2f} of {entry['base']}, {entry['scaled']:.2f} by FLOPs")
+            held = None if on_cpu and mode == "forward" else goal
+            work = "by FLOPs" if on_cpu else "by exchanges"
+            row += [
+                verdict_cell(entry.get(key), held),
+                ratio_cell(entry),
+                f"{entry['to_base']:.2f} of {entry['base']}, {entry['scaled']:.2f} {work}",
+            ]
         if any(row):
-            rows.append([f"{case.variant} ({case.describe()})", *row])
-    head = ["variant (B, T, I, H)", "forward to a loop", "its time", "fwd+bwd to a loop", "its time"]
+            name = case.variant if on_cpu else f"{case.variant} {DTYPES[dtype]}"
+            rows.append([f"{name} ({case.describe()})", *row])
+    head = ["variant (B, T, I, H)"]
+    for part in ("forward", "fwd+bwd"):
+        head += [f"{part} to {peer}", f"to {variants.LOOP}", "its time"]
     return table(head, rows) if rows else ""
 
 

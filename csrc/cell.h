@@ -576,7 +576,7 @@ struct LayerNormLstmCell {
     saved[5] = saved[4];
   }
   // h, from what gain and bias make of the normalised c
-  static SEQKERN_HOST_DEVICE V make_h(const V* saved, V c) { return saved[3] * Math::tanh(c); }
+  static SEQKERN_HOST_DEVICE V make_h(V o, V c) { return o * Math::tanh(c); }
   // The gradients of that c (returned) and of pre_o.
   static SEQKERN_HOST_DEVICE V h_backward(V dh, const V* saved, V c, V* dpre) {
     const V tanh_c = Math::tanh(c), o = saved[3];

@@ -22,7 +22,8 @@ RECORDED = Path(__file__).with_name("cuda_resources.json")
 PRODUCTS = ("f16", "bf16", "tf32", "tf32x3")
 KERNEL = re.compile(
     r"Function _ZN7seqkern4cuda\d+(?P<way>forward|backward)_kernelINS(?P<regular>0_7RegularINS)?\S*?"
-    r"\d(?P<cell>Lstm|Gru|Rnn|PeepholeLstm|CifgLstm|Slstm|GruResetBefore|Mgu|NestedLstm|NestedGru)Cell\S*?"
+    r"\d(?P<cell>Lstm|Gru|Rnn|PeepholeLstm|CifgLstm|Slstm|GruResetBefore|Mgu|NestedLstm|NestedGru|"
+    r"NormalisedLstm|NormalisedGru)Cell\S*?"
     r"LNS0_7ProductE(?P<product>\d)ELb(?P<grid>[01])ELb(?P<projected>[01])ELi(?P<items>\d)E\S*:"
     r"\s*REG:(?P<registers>\d+) STACK:(?P<stack>\d+)"
 )
@@ -95,7 +96,7 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
     # Those that regularise are fewer: launch.cuh.
     names = (
         *("lstm", "gru", "rnn", "peephole_lstm", "cifg_lstm", "slstm"),
-        *("gru_reset_before", "mgu", "nested_lstm", "nested_gru"),
+        *("gru_reset_before", "mgu", "nested_lstm", "nested_gru", "normalised_lstm", "normalised_gru"),
     )
     expected |= {
         f"{arch} {cell} regularised {way} {product} {exchange} 2"

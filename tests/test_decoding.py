@@ -241,6 +241,21 @@ def test_going_on_finds_what_stopping_early_missed() -> None:
     assert better
 
 
+def test_a_long_sequence_that_can_still_win_is_waited_for() -> None:
+    """<eos> at once scores -0.6; the other token, unlikely at first and sure later, -5.02 / 20."""
+
+    def step(ids: Tensor, state: None) -> tuple[Tensor, None]:
+        later = torch.tensor([-0.001, -9.0]).expand(len(ids), 2)
+        return torch.where((ids < 0).unsqueeze(1), torch.tensor([-5.0, -0.6]), later), None
+
+    start, options = torch.full((1,), -1), dict(eos_index=1, max_len=20, early_stop=False)
+    found = beam_search(step, None, start, beam_width=2, **options).best()
+    assert found.ids.tolist() == [[0] * 20]
+    assert found.scores.item() == pytest.approx((-5 - 19 * 0.001) / 20)
+    short = beam_search(step, None, start, beam_width=2, length_penalty=0.0, **options).best()
+    assert short.ids.tolist() == [[1]]
+
+
 def test_more_places_than_hypotheses() -> None:
     """A vocabulary of <eos> alone has one hypothesis; the other places are empty."""
 

@@ -39,7 +39,7 @@ def test_dry_run(tmp_path: Path, steps: list[str]) -> None:
     done = dry_run(tmp_path, *steps)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU here: a dry run" in done.stdout
-    assert done.stdout.count(": exit 0 after") == (3 if steps else 8), done.stdout
+    assert done.stdout.count(": exit 0 after") == (3 if steps else 9), done.stdout
     assert "command not found" not in done.stderr and "unbound variable" not in done.stderr, done.stderr
 
 

@@ -13,6 +13,7 @@ import torch
 from compare import check_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkern
 from seqkern import models
@@ -609,6 +610,7 @@ def seq2seqs() -> Iterator[tuple[str, models.DecodingModule]]:
         yield f"AttnSeq2Seq one layer {name}", attn_seq2seq(layers, 1)
         sizes = dict(embed_dim=E, hidden_size=H, attention_dim=6, layers=layers)
         yield f"TranslationGRU {name}", models.TranslationGRU(V, V, **sizes)
+        yield f"TranslationGRU concat {name}", models.TranslationGRU(V, V, **sizes, attention="concat")
 
 
 @pytest.mark.parametrize(("name", "model"), [pytest.param(*pair, id=pair[0]) for pair in seq2seqs()])
@@ -632,6 +634,30 @@ def test_decoding(name: str, model: models.DecodingModule) -> None:
             total = teacher_forced(model, row, ids).gather(1, ids[:, None]).sum()
             torch.testing.assert_close(beam.log_probs[b, i], total)
             torch.testing.assert_close(beam.scores[b, i], total / len(ids) ** 0.5)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of seqkern's that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ours += function.namespace == "seqkern"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "model"), [pytest.param(*pair, id=pair[0]) for pair in seq2seqs()])
+def test_the_twin_on_torch_runs_none_of_seqkerns_operators(name: str, model: models.DecodingModule) -> None:
+    src = padded().T if isinstance(model, models.AttnSeq2Seq) else padded()
+    with Operators() as operators:
+        model.decode(src, LENGTHS, max_len=3, beam_width=2)
+    if name.endswith("torch.nn"):
+        assert not operators.ours
+        assert not any(isinstance(module, (seqkern.GRUCell, seqkern.LSTM)) for module in model.modules())
+    elif seqkern._extension.AVAILABLE:
+        assert operators.ours
 
 
 @torch.no_grad()
@@ -713,6 +739,25 @@ def test_translation_gru(layers: ModuleType, tied: bool) -> None:
         *("decoder.attention.query_projection.weight", "decoder.attention.key_projection.weight"),
         *("decoder.attention.v", "readout.weight", "readout.bias", "out.weight", "out.bias"),
     }
+
+
+@pytest.mark.parametrize("attention", ["dot", "general", "concat"])
+def test_translation_gru_with_luongs_attention(attention: str) -> None:
+    """The same on torch.nn's cell and the formulas as on the kernels; padded rows as one by one."""
+    theirs, ours = (
+        models.TranslationGRU(V, V, E, H, attention=attention, layers=layers).eval()
+        for layers in (nn, seqkern.nn)
+    )
+    src, tgt = padded(), tokens()
+    check_modules(theirs, ours, lambda net, _: net(src, tgt), attention)
+    combine = {"decoder.combine.weight"}
+    scorer = {"decoder.attention.projection.weight"} if attention != "dot" else set()
+    assert keys_of(ours) >= combine | scorer
+    together = ours(src, tgt)
+    for b, length in enumerate(LENGTHS):
+        torch.testing.assert_close(together[b : b + 1], ours(src[b : b + 1, :length], tgt[b : b + 1]))
+    with pytest.raises(ValueError, match="attention: expected 'additive', 'dot', 'general', 'concat'"):
+        models.TranslationGRU(V, V, E, H, attention="cosine")
 
 
 def test_translation_gru_options() -> None:

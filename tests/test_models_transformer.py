@@ -562,6 +562,23 @@ def test_padded_batches_equal_rows_one_by_one(layers: ModuleType, name: str) -> 
 
 
 @both
+@torch.no_grad()  # there torch.nn's encoder gives NaN for a row of padding alone
+def test_empty_rows_are_finite(layers: ModuleType) -> None:
+    lengths, src = torch.tensor([6, 0, 4]), padded()
+    simple = models.SimpleTransformer(V, E, HEADS, 2, 12, 3, layers=layers).eval()
+    assert torch.equal(simple(src, lengths=lengths)[1], simple.fc.bias)
+    classifier = models.TransformerClassifier(2, E, HEADS, 12, V, 4, layers=layers).eval()
+    assert torch.equal(classifier(src, lengths)[1], classifier.dense.bias)
+    src[1] = 1
+    model, tgt = translator(layers), tokens()
+    translated = model(src, tgt)
+    assert translated.isfinite().all()
+    ours = translator(seqkern.nn)
+    ours.load_state_dict(model.state_dict())
+    torch.testing.assert_close(translated, ours(src, tgt))
+
+
+@both
 def test_vanilla_padding_equals_rows_one_by_one(layers: ModuleType) -> None:
     model, src, trg = vanilla(layers), padded(), tokens()
     together = model(src, trg)
@@ -718,6 +735,30 @@ def test_cached_steps_of_the_language_model(layers: ModuleType) -> None:
             with torch.no_grad():
                 logits = model(torch.cat([start[:1], ids[: n - 1]]).unsqueeze(1))[:, 0]
             torch.testing.assert_close(log_p, torch.log_softmax(logits, -1).gather(1, ids[:n, None]).sum())
+
+
+@both
+def test_generate(layers: ModuleType) -> None:
+    """The likeliest token after each prefix, whatever the mode; <eos> repeats; seeds repeat."""
+    model = models.TransformerModel(V, E, HEADS, 2, dim_feedforward=12, layers=layers)
+    for P in (1, 3):
+        prompt = tokens(P)
+        found = model.generate(prompt, 6, top_k=1)
+        assert found.shape == (B, P + 6) and torch.equal(found[:, :P], prompt) and model.training
+        with torch.no_grad():
+            expected = model.eval()(found[:, :-1].T)[P - 1 :].argmax(2).T
+        assert torch.equal(found[:, P:], expected)
+        ended = model.train().generate(prompt, 6, top_k=1, eos_idx=int(expected[0, 1]))
+        assert (ended[0, P + 1 :] == expected[0, 1]).all() and ended.shape == found.shape
+
+    def draw(seed: int) -> Tensor:
+        return model.generate(prompt, 9, 1.5, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    with pytest.raises(
+        ValueError, match=r"start_tokens: expected \[B, P\] with P of at least 1, got \(3, 0\)"
+    ):
+        model.generate(tokens(0))
 
 
 def test_a_step_costs_no_prefix() -> None:

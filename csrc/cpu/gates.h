@@ -253,7 +253,7 @@ void Forward<S>::normalised_lstm(const Span& s) const {
       state[0] = saved[5];
       before[0] = load(s.task.state[0] + r * Hp + u * L);
       if (kRegularised) h_prev = load_first(h_row + u * L, H - u * L);
-      give<Cell, kRegularised>(s, r, u, Cell::make_h(saved, c), h_prev, state, before, saved, 8);
+      give<Cell, kRegularised>(s, r, u, Cell::make_h(saved[3], c), h_prev, state, before, saved, 8);
     }
   }
 }

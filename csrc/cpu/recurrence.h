@@ -245,11 +245,11 @@ struct Layer {
   void add_to_slots(C* out, int slots, int slot, int rotation, int gates, const S* numbers,
                     int64_t block_begin, int64_t block_end) const {
     if (!numbers) return;
-    for (int64_t unit = block_begin * L; unit < block_end * L && unit < H; unit++)
+    for (int64_t u = block_begin; u < block_end; u++)
       for (int g = 0; g < gates; g++) {
-        C value[1];
-        convert(value, numbers + (g + rotation) % gates * H + unit, 1);
-        out[unit / L * slots * L + (slot + g) * L + unit % L] += value[0];
+        C* at = out + (u * slots + slot + g) * L;
+        const S* from = numbers + (g + rotation) % gates * H + u * L;
+        store(at, load(at) + load_first(from, H - u * L));
       }
   }
 
@@ -415,7 +415,8 @@ struct Forward : Layer<S> {
   size_t scratch_bytes() const {
     if (is_step()) {
       Scratch scratch{nullptr};
-      for (int64_t d = 0; d < D; d++) carve_step(scratch);
+      Memory memory{};
+      for (int64_t d = 0; d < D; d++) carve_step(scratch, memory, d);
       return scratch.used;
     }
     const Memory memory = carve_shared(nullptr);
@@ -481,59 +482,136 @@ struct Forward : Layer<S> {
 
   // Whether this call is one step of a few rows: then nothing is packed.
   bool is_step() const {
-    return T == 1 && B <= kStepBatch && !projected && !apart && first.gates > 0 &&
-           !q.regularisers.on && !q.regularisers.scale && this->own_count() == 0;
+    return T == 1 && B <= kStepBatch && !projected && !q.regularisers.scale &&
+           (cell.mid == 0 || std::is_same_v<A, S>);
   }
 
-  struct Step {
-    Task task;
-    C* bias;
-  };
-  Step carve_step(Scratch& scratch) const {
-    Step step{carve_task(scratch, Plan{1, 1}), nullptr};
-    step.bias = scratch.take<C>(Hp * outer);
-    return step;
+  // Of a direction: its task, and in memory what the gates read.
+  Task carve_step(Scratch& scratch, Memory& memory, int64_t d) const {
+    const Task task = carve_task(scratch, Plan{1, 1});
+    memory.bias[d] = scratch.take<C>(Hp * outer);
+    if (cell.mid == 2) memory.bias2[d] = scratch.take<C>(ld_second);
+    if (this->own_count() > 0) memory.own[d] = scratch.take<C>(Hp * this->own_count());
+    return task;
   }
 
   void run_step() const {
     Scratch scratch{(char*)q.scratch};
-    Step steps[kMostDirections];
-    const Memory nothing{};
-    for (int64_t d = 0; d < D; d++) steps[d] = carve_step(scratch);
-    parallel(q.threads, [&](int thread, int threads) {
-      const int64_t begin = part_begin(blocks, thread, threads),
-                    end = part_begin(blocks, thread + 1, threads);
-      for (int64_t d = 0; d < D; d++) {
-        make_bias(steps[d].bias, q.weights[d], begin, end);
-        load_states(steps[d].task, d, B, Slice{1, 0}, begin, end);
-        for (int64_t u = begin; u < end; u++) {
-          if (outer == 4 && first.gates == 4)
-            step_block<4, 4>(nothing, steps[d], d, u);
-          else if (outer == 4)
-            step_block<4, 3>(nothing, steps[d], d, u);
-          else if (outer == 3)
-            step_block<3, 3>(nothing, steps[d], d, u);
-          else
-            step_block<1, 1>(nothing, steps[d], d, u);
-        }
-      }
+    Task tasks[kMostDirections];
+    Memory memory{};
+    for (int64_t d = 0; d < D; d++) {
+      tasks[d] = carve_step(scratch, memory, d);
+      this->make_own(memory.own[d], q.weights[d]);
+    }
+    // The rows that are alive, or the blocks, shared out between the threads.
+    const int64_t n = seq.active[0];
+    const auto each = [&](int64_t count, const auto& run) {
+      parallel(count < q.threads ? int(count) : q.threads, [&](int thread, int threads) {
+        for (int64_t d = 0; d < D; d++)
+          run(d, part_begin(count, thread, threads), part_begin(count, thread + 1, threads));
+      });
+    };
+    each(blocks, [&](int64_t d, int64_t begin, int64_t end) {
+      make_bias(memory.bias[d], q.weights[d], begin, end);
+      load_states(tasks[d], d, B, Slice{1, 0}, begin, end);
+      for (int64_t u = begin; u < end; u++) step_block(memory, tasks[d], d, u);
     });
-    for (int64_t d = 0; d < D; d++) finish(steps[d].task, d, B, Slice{1, 0}, 0, 0, blocks);
+    const auto span = [&](int64_t d, int64_t r0, int64_t r1) {
+      return Span{memory, tasks[d], d, 0, r0, r1, Slice{1, 0}, 0, blocks, tasks[d].pre};
+    };
+    if (apart) each(n, [&](int64_t d, int64_t r0, int64_t r1) { (this->*gates)(span(d, r0, r1)); });
+    if constexpr (std::is_same_v<A, S>)
+      if (cell.mid > 0) {
+        each(blocks, [&](int64_t d, int64_t begin, int64_t end) {
+          for (int64_t u = begin; u < end; u++) step_seconds(memory, tasks[d], d, u);
+        });
+        each(n, [&](int64_t d, int64_t r0, int64_t r1) { (this->*end_gates)(span(d, r0, r1)); });
+      }
+    for (int64_t d = 0; d < D; d++) finish(tasks[d], d, B, Slice{1, 0}, 0, 0, blocks);
   }
 
-  // Block u of the only step's rows.
+  // Block u of the only step's rows: the first products, and the gates, if they need no more.
+  void step_block(const Memory& memory, const Task& task, int64_t d, int64_t u) const {
+    const Weights& w = q.weights[d];
+    if (apart) {
+      const int64_t n = seq.active[0];
+      for (int64_t r = 0; r < n; r++) {
+        C* pre = task.pre + r * ld + u * outer * L;
+        for (int i = 0; i < outer * L; i++)
+          pre[i] = cell.rows ? C(0) : memory.bias[d][u * outer * L + i];
+        C* part = task.part + r * ld_first + u * first.gates * L;
+        for (int i = 0; i < first.gates * L; i++) part[i] = 0;
+      }
+      step_product(input, (const S*)w.w_ih, I, u, task.pre, ld, outer,
+                   [&](int64_t r) { return this->template row_of<const S>(q.x, 0, r); });
+      step_product(first, (const S*)w.w_hh, P, u, task.part, ld_first, first.gates,
+                   [&](int64_t r) { return this->h_prev(d, 0, r); });
+    } else if (outer == 4 && first.gates == 4) {
+      step_gates<4, 4>(memory, task, d, u);
+    } else if (outer == 4) {
+      step_gates<4, 3>(memory, task, d, u);
+    } else if (outer == 3) {
+      step_gates<3, 3>(memory, task, d, u);
+    } else {
+      step_gates<1, 1>(memory, task, d, u);
+    }
+  }
+
+  // Block u of the second products.
+  void step_seconds(const Memory& memory, const Task& task, int64_t d, int64_t u) const {
+    const int size = cell.mid_slots * L;
+    for (int64_t r = 0; r < seq.active[0]; r++)
+      for (int i = 0; i < size; i++)
+        task.part2[r * ld_second + u * size + i] =
+            cell.mid == 2 ? memory.bias2[d][u * size + i] : C(0);
+    for (int i = 0; i < seconds; i++)
+      step_product(second[i], this->second_weight(d, i), H, u, task.part2, ld_second,
+                   cell.mid_slots, [&](int64_t r) { return task.mid[second[i].mid] + r * Hp; });
+  }
+
+  // Block u of out [rows][blocks][slots][L] += a product's gates, of w [gates*H, K] and row(r).
+  template <class Row>
+  void step_product(const Product& product, const S* w, int64_t K, int64_t u, C* out,
+                    int64_t ld_out, int slots, const Row& row) const {
+    out += (u * slots + product.slot) * L;
+    if (product.gates == 4)
+      step_product_of<4>(product, w, K, u, out, ld_out, row);
+    else if (product.gates == 3)
+      step_product_of<3>(product, w, K, u, out, ld_out, row);
+    else if (product.gates == 2)
+      step_product_of<2>(product, w, K, u, out, ld_out, row);
+    else
+      step_product_of<1>(product, w, K, u, out, ld_out, row);
+  }
+  template <int kGates, class Row>
+  void step_product_of(const Product& product, const S* w, int64_t K, int64_t u, C* out,
+                       int64_t ld_out, const Row& row) const {
+    for (int64_t r0 = 0; r0 < seq.active[0]; r0 += kStepRows) {
+      const int rows = int(seq.active[0] - r0 < kStepRows ? seq.active[0] - r0 : kStepRows);
+      Dots<S> a{}, nothing{};
+      a.K = K;
+      for (int r = 0; r < rows; r++) a.a[r] = row(r0 + r);
+      for (int64_t unit = u * L; unit < H && unit < (u + 1) * L; unit++) {
+        for (int g = 0; g < kGates; g++)
+          a.w[g] = w + ((g + product.rotation) % kGates * H + unit) * K;
+        step_rows<kGates, kGates>(rows, out + r0 * ld_out + unit % L, L, ld_out, a, nothing);
+      }
+    }
+  }
+
+  // Block u of a cell of one product: W_ih x, W_hh h and the gates.
   template <int kSlots, int kGates>
-  void step_block(const Memory& memory, const Step& step, int64_t d, int64_t u) const {
+  void step_gates(const Memory& memory, const Task& task, int64_t d, int64_t u) const {
     const Weights& w = q.weights[d];
     alignas(64) C pre[kStepRows][kSlots * L];
     for (int64_t r0 = 0; r0 < seq.active[0]; r0 += kStepRows) {
       const int rows = int(seq.active[0] - r0 < kStepRows ? seq.active[0] - r0 : kStepRows);
       Dots<S> x, h;
-      x.K = I, h.K = P;
+      x.K = I, h.K = first.gates > 0 ? P : 0;
       for (int r = 0; r < rows; r++) {
         x.a[r] = this->template row_of<const S>(q.x, 0, r0 + r);
         h.a[r] = this->h_prev(d, 0, r0 + r);
-        memcpy(pre[r], step.bias + u * kSlots * L, sizeof pre[r]);
+        memcpy(pre[r], memory.bias[d] + u * kSlots * L, sizeof pre[r]);
       }
       const int64_t units = H - u * L < L ? H - u * L : L;
       // With one gate only, several units' weights are taken at once instead.
@@ -544,7 +622,7 @@ struct Forward : Layer<S> {
       for (; lane < units; lane++)
         step_units<kSlots, kGates, 1>(w, u * L + lane, rows, x, h, &pre[0][lane]);
       for (int r = 0; r < rows; r++)
-        (this->*gates)({memory, step.task, d, 0, r0 + r, r0 + r + 1, Slice{1, 0}, u, u + 1,
+        (this->*gates)({memory, task, d, 0, r0 + r, r0 + r + 1, Slice{1, 0}, u, u + 1,
                         pre[r] - (r0 + r) * ld - u * kSlots * L});
     }
   }

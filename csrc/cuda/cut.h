@@ -71,7 +71,8 @@ struct LegShape {
 
 // What a cell, a pass and a projection make of the sizes.
 struct Shape {
-  int slots;  // pre-activations
+  int numbers;   // of each unit that lie in shared memory: biases, or the gains and biases of rows
+  int row_sums;  // exchanges of sums over a row, per step (normalised.cuh)
   int legs;
   LegShape leg[2];
 };
@@ -90,7 +91,12 @@ constexpr Shape shape_of(CellKind cell, int element_bytes, Pass pass, int64_t H,
                          bool projected, bool three) {
   Shape shape{};
   const CellShape& of = cell_shape(cell);
-  shape.slots = of.slots;
+  shape.numbers = of.slots;
+  if (of.rows) {
+    const int states = of.states - 1;  // an LSTM's c is normalised, too
+    shape.numbers = 2 * (of.hidden_gates + states);
+    shape.row_sums = 1 + states;
+  }
   shape.legs = projected || of.mid > 0 ? 2 : 1;
   if (pass == Pass::forward) {
     shape.leg[0] = leg_shape(H, of.first_gates, P, 1, element_bytes);
@@ -119,11 +125,15 @@ struct SharedLayout {
   int64_t weights[2];   // [leg] of [warps][chunks beyond the registers'][m][2][32] of 16 bytes
   int64_t sums;         // [tiles][columns][splits] of sum_bytes(m), the legs in turn
   int64_t stage;        // [kWarps][stage_bytes]
-  int64_t bias;         // [tiles * 16][slots] float
-  int64_t barriers;     // [leg][2] of 8 bytes
+  int64_t numbers;      // [tiles * 16][Shape::numbers] float
+  int64_t row_sums;     // [2][row_sum_bytes]; not with Tier::grid
+  int64_t barriers;     // [leg][2] of 8 bytes, then those of the sums over rows
   int64_t bytes;        // of it all
   int stage_bytes;      // a granule's of either leg
 };
+
+// What the tiles of a group give to the sums over the rows of a slice: 16 bytes for two rows.
+SEQKERN_BOTH constexpr int row_sum_bytes(int batch, int tiles) { return batch / 2 * tiles * 16; }
 
 SEQKERN_BOTH constexpr SharedLayout shared_layout(const Shape& shape, const Plan& plan) {
   const int64_t columns = plan.batch / kColumn;
@@ -143,9 +153,12 @@ SEQKERN_BOTH constexpr SharedLayout shared_layout(const Shape& shape, const Plan
   }
   at.sums = next;
   at.stage = at.sums + sums;
-  at.bias = at.stage + kWarps * at.stage_bytes;
-  at.barriers = at.bias + shape.slots * plan.tiles[0] * kTile * 4;
-  at.bytes = at.barriers + 32;
+  at.numbers = at.stage + kWarps * at.stage_bytes;
+  at.row_sums = at.numbers + shape.numbers * plan.tiles[0] * kTile * 4;
+  at.barriers = at.row_sums;
+  if (shape.row_sums > 0 && plan.tier != Tier::grid)
+    at.barriers += 2 * row_sum_bytes(plan.batch, shape.leg[0].tiles);
+  at.bytes = at.barriers + 48;
   return at;
 }
 

@@ -42,6 +42,8 @@ struct Cut {
   int log2_pairs;                     // of batch / 2
   int64_t Hp;                         // H rounded up to 16: the reserve's
   LegCut leg[2];
+  unsigned char* row_sums;  // [groups][2][row_sum_bytes], Tier::grid only
+  uint32_t* row_flags;      // [groups][blocks], Tier::grid only
 };
 
 // Where this thread stands.

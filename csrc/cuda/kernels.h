@@ -57,7 +57,7 @@ inline bool regularises(const LayerParams& p) {
 }
 
 struct ForwardParams : LayerParams {
-  const void* gx;                  // [D, N, G*H] W_ih x, without bias
+  const void* gx;                  // [D, N, G*H] W_ih x, without bias; see normalise_input
   void* y;                         // [N, D*P] overwritten at valid rows
   void* h_n;                       // [D, B, P] overwritten
   void* state_n[kMostStates - 1];  // [D, B, H] overwritten
@@ -132,6 +132,9 @@ bool variant_backward(const BackwardParams& params, const Persistent& persistent
 bool two_products_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
 bool two_products_backward(const BackwardParams& params, const Persistent& persistent,
                            void* stream);
+// And those whose rows are normalised:
+bool layer_norm_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
+bool layer_norm_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 
 // ---- step by step (stepwise.cu): launches per step, products between them; any cell and dtype
 // ----
@@ -181,6 +184,16 @@ void step_begin_backward(const BackwardParams& params, const BackwardStep& step,
 // dh_all [D, B, P] and, where valid, to dh_rows; dh becomes 0 where valid.
 void step_gather(const BackwardParams& params, const BackwardStep& step, void* dh_all,
                  void* stream);
+
+// ---- cells whose rows are normalised (normalised.cu): what need not wait for the recurrence
+// ----
+
+// Before any step, of either kind. Overwrites gx [D, N, G*H] at valid rows with gain_i norm(W_ih x)
+// and all that is added to it, and that part of the reserve.
+void normalise_input(const ForwardParams& params, void* gx, void* stream);
+// After them all: overwrites dpre's planes of W_ih x and of its gain from those of the
+// pre-activations.
+void normalise_input_backward(const BackwardParams& params, void* stream);
 
 // ---- units that know only themselves (an IndRNN's): one launch runs every step
 // -------------------

@@ -33,6 +33,10 @@ inline Cut cut_of(const Persistent& persistent, const Shape& shape, int64_t H, i
     leg.flags = persistent.flags + i * plan.groups * plan.blocks;
     exchanged += int64_t(plan.groups) * 2 * plan.batch * leg.chunks * kChunkBytes;
   }
+  if (plan.tier == Tier::grid && shape.row_sums > 0) {
+    cut.row_sums = static_cast<unsigned char*>(persistent.exchange) + exchanged;
+    cut.row_flags = persistent.flags + 2 * plan.groups * plan.blocks;
+  }
   return cut;
 }
 

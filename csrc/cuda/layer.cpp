@@ -504,6 +504,7 @@ ForwardResult layer_forward(const LayerArguments& a, bool save) {
   p.h_n = h_n.mutable_data_ptr();
   for (size_t k = 1; k < result.states.size(); k++)
     p.state_n[k - 1] = result.states[k].mutable_data_ptr();
+  if (call.shape.rows) normalise_input(p, gx.mutable_data_ptr(), call.stream);
   const auto launch = [&](const Persistent& persistent) {
     return persistent_forward(p, persistent, call.stream);
   };
@@ -747,6 +748,7 @@ BackwardResult layer_backward(const LayerArguments& a, const BackwardArguments& 
     for (size_t k = 0; k < dstates.size(); k++) result.dstates[k].copy_(dstates[k]);
   }
   for (Tensor& dstate : result.dstates) dstate = call.without_heads(dstate);
+  if (call.shape.rows) normalise_input_backward(p, call.stream);
 
   if (back.need_dx) result.dx = input_gradient(call, dpre).view(a.x.sizes());
   if (back.need_dparams) {

@@ -82,6 +82,7 @@ __host__ __device__ constexpr int stored_slot(int slot) {
 //   kFirst, kFirstSlot   the first one's gates, of slots from there on
 //   kSecond              rows of tiles of the second's matrix
 //   kMidPlane, kNumbers  of the gradients that backward gives to it
+//   kPlanes              of all gradients that backward makes
 template <class Cell, class = void>
 struct ProductsOf {
   static constexpr int kFirst = Cell::kGates, kFirstSlot = Cell::kSlots - Cell::kGates;

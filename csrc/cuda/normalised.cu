@@ -1,13 +1,10 @@
-// A step of the cells whose products are normalised over rows (layer_norm_lstm, layer_norm_gru):
-//   pre = gain_i norm(W_ih x) + gain_h norm(W_hh h) + biases   then the gates (cell.h);
-//   an LSTM's h = o tanh(gain_c norm(c) + bias)
-// norm(v) = (v - mean) / sqrt(variance + eps), over all gates of a row.
+// The cells whose rows are normalised (normalised.cuh): a step of W_hh h's part and the gates, and
+// all rows of W_ih x's part at once.
 //
-// A block owns one row (d, b): a thread some units, the same ones in every pass, so that what it
-// keeps in `held` between passes is its own. Sums over a row are made in a fixed order.
-// Of the reserve's values the first G are the normalised W_ih x, G of W_hh h follow, then the
-// cell's.
+// A block owns one row (d, b), or (d, n): a thread some units, the same ones in every pass, so that
+// what it keeps in `held` between passes is its own. Sums over a row are made in a fixed order.
 
+#include "normalised.cuh"
 #include "stepwise.cuh"
 
 namespace seqkern::cuda {
@@ -32,19 +29,11 @@ __device__ __forceinline__ void sum_over_block(C (&value)[kN], C* shared) {
   }
 }
 
-// What the two cells are to this file. kValues: values of the reserve before the cell's own.
-template <class M>
-struct NormalisedLstm {
-  using Cell = LayerNormLstmCell<M>;
-  static constexpr int kGates = 4, kValues = 8;
-  static constexpr bool kGru = false;
-};
-template <class M>
-struct NormalisedGru {
-  using Cell = GruCell<M>;
-  static constexpr int kGates = 3, kValues = 6;
-  static constexpr bool kGru = true;
-};
+// Values of the reserve before the gates' own.
+template <class Kind>
+constexpr int kValues = 2 * Kind::kGates;
+template <class Kind>
+constexpr bool kIsGru = Kind::kStates == 1;
 
 // The row of this block, its units to be filled in.
 __device__ __forceinline__ Element row_of_block(const LayerParams& p, int64_t s) {
@@ -68,11 +57,60 @@ __device__ __forceinline__ Compute<S>* statistics_of(const LayerParams& p, void*
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// Overwrites y, reserve, h, h_in and the states of the rows valid at this step, and held.
+// A block's row (d, n) of all; false: not a valid one.
+__device__ __forceinline__ bool row_of_all(const LayerParams& p, Element& e) {
+  const int64_t n = blockIdx.x;
+  e = Element{};
+  e.d = n / p.rows.N, e.row = n % p.rows.N, e.way = e.d >= p.heads;
+  if (p.rows.first != nullptr || p.rows.lengths == nullptr) return true;
+  return e.row / p.rows.B < length_of(p.rows, e.row % p.rows.B);
+}
+
+// gx = gain_i norm(gx) + its bias + b_ih, and what backward wants of it to the reserve, at valid
+// rows.
+template <class Kind, class S>
+__global__ void normalise_input_kernel(const ForwardParams p, void* gx) {
+  using C = Compute<S>;
+  constexpr int G = Kind::kGates;
+  SEQKERN_SHARED_MEMORY(shared);
+  C* const sums = reinterpret_cast<C*>(shared);
+  Element e;
+  if (!row_of_all(p, e)) return;
+  const int64_t H = p.H, Hp = padded(H);
+  const void* const* const own = p.own[e.way];
+  S* const row = out<S>(gx) + (e.d * p.rows.N + e.row) * G * H;
+  S* const reserve = p.reserve == nullptr ? nullptr : out<S>(p.reserve) + at_reserve(p, e, e.row);
+  const C count = C(G) * C(H);
+
+  C mean[1] = {}, squares[1] = {};
+  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) mean[0] += widen(row[k]);
+  sum_over_block(mean, sums);
+  mean[0] /= count;
+  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) {
+    const C off = widen(row[k]) - mean[0];
+    squares[0] += off * off;
+  }
+  sum_over_block(squares, sums);
+  const C rstd = 1 / sqrt(squares[0] / count + C(p.eps));
+  for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
+    e.u = u;
+    for (int k = 0; k < G; k++) {
+      const int64_t at = k * H + u;
+      const C x = (widen(row[at]) - mean[0]) * rstd;
+      if (reserve != nullptr) reserve[k * Hp + u] = narrow<S>(x);
+      row[at] = narrow<S>(x * number<S>(own[0], at) + number<S>(own[1], at) +
+                          bias_of<S>(p, p.b_ih, e, G, k));
+    }
+  }
+  if (reserve != nullptr && threadIdx.x == 0) statistics_of<S>(p, p.reserve, e)[0] = rstd;
+}
+
+// Overwrites y, reserve but for x's part, h, h_in and the states of the rows valid at this step,
+// and held.
 template <class Kind, class S>
 __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardStep step) {
   using C = Compute<S>;
-  using Cell = typename Kind::Cell;
+  using Cell = typename Kind::Gates;
   constexpr int G = Kind::kGates, kHeld = 6;
   SEQKERN_SHARED_MEMORY(shared);
   C* const sums = reinterpret_cast<C*>(shared);
@@ -85,18 +123,16 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
   S* const reserve = p.reserve == nullptr ? nullptr : out<S>(p.reserve) + at_reserve(p, e, e.row);
   const C count = C(G) * C(H);
 
-  C mean[2] = {}, squares[2] = {};
-  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads)
-    mean[0] += widen(gx[k]), mean[1] += widen(gh[k]);
+  C mean[1] = {}, squares[1] = {};
+  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) mean[0] += widen(gh[k]);
   sum_over_block(mean, sums);
-  mean[0] /= count, mean[1] /= count;
+  mean[0] /= count;
   for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) {
-    const C x = widen(gx[k]) - mean[0], h = widen(gh[k]) - mean[1];
-    squares[0] += x * x, squares[1] += h * h;
+    const C off = widen(gh[k]) - mean[0];
+    squares[0] += off * off;
   }
   sum_over_block(squares, sums);
-  const C rstd[2] = {1 / sqrt(squares[0] / count + C(p.eps)),
-                     1 / sqrt(squares[1] / count + C(p.eps))};
+  const C rstd = 1 / sqrt(squares[0] / count + C(p.eps));
 
   C sum_c[1] = {};
   for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
@@ -104,22 +140,18 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
     C x[G], h[G];
     for (int k = 0; k < G; k++) {
       const int64_t at = k * H + u;
-      x[k] = (widen(gx[at]) - mean[0]) * rstd[0];
-      h[k] = (widen(gh[at]) - mean[1]) * rstd[1];
-      if (reserve != nullptr) {
-        reserve[k * Hp + u] = narrow<S>(x[k]);
-        reserve[(G + k) * Hp + u] = narrow<S>(h[k]);
-      }
-      x[k] = x[k] * number<S>(own[0], at) + number<S>(own[1], at) + bias_of<S>(p, p.b_ih, e, G, k);
+      x[k] = widen(gx[at]);
+      h[k] = (widen(gh[at]) - mean[0]) * rstd;
+      if (reserve != nullptr) reserve[(G + k) * Hp + u] = narrow<S>(h[k]);
       h[k] = h[k] * number<S>(own[2], at) + number<S>(own[3], at);
     }
     const Kept<S> kept = kept_of<S>(p, e);
-    if constexpr (Kind::kGru) {
+    if constexpr (kIsGru<Kind>) {
       const C pre[4] = {x[2], x[0] + h[0], x[1] + h[1], h[2]};
       const C h_prev = widen(out<S>(step.h)[e.i]);
       C saved[Cell::kSaved];
       const C made = Cell::forward(pre, h_prev, nullptr, nullptr, kept.within, saved);
-      give<Cell, S>(p, step, e, kept, made, h_prev, nullptr, nullptr, saved, Kind::kValues);
+      give<Cell, S>(p, step, e, kept, made, h_prev, nullptr, nullptr, saved, kValues<Kind>);
     } else {
       C pre[4], state[1] = {out<C>(step.state[0])[e.i]}, saved[Cell::kSaved];
       for (int k = 0; k < 4; k++) pre[k] = x[k] + h[k];
@@ -129,11 +161,8 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
       sum_c[0] += saved[5];
     }
   }
-  if (reserve != nullptr && threadIdx.x == 0) {
-    C* const statistics = statistics_of<S>(p, p.reserve, e);
-    statistics[0] = rstd[0], statistics[1] = rstd[1];
-  }
-  if constexpr (!Kind::kGru) {
+  if (reserve != nullptr && threadIdx.x == 0) statistics_of<S>(p, p.reserve, e)[1] = rstd;
+  if constexpr (!kIsGru<Kind>) {
     sum_over_block(sum_c, sums);
     const C mean_c = sum_c[0] / C(H);
     C squares_c[1] = {};
@@ -153,21 +182,20 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
       saved[4] = (saved[5] - mean_c) * rstd_c;
       const C c = saved[4] * number<S>(own[4], u) + number<S>(own[5], u);
       const C state[1] = {saved[5]}, before[1] = {out<C>(step.state[0])[e.i]};
-      give<Cell, S>(p, step, e, kept_of<S>(p, e), Cell::make_h(saved, c),
-                    widen(out<S>(step.h)[e.i]), state, before, saved, Kind::kValues);
+      give<Cell, S>(p, step, e, kept_of<S>(p, e), Cell::make_h(saved[3], c),
+                    widen(out<S>(step.h)[e.i]), state, before, saved, kValues<Kind>);
     }
   }
 }
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// Overwrites dh, dstate and dpre of the rows valid at this step, held, and dpre_h. Planes of dpre:
-//   [G] W_ih x   [G] W_hh h   [G] its gain   [G] W_hh h's gain   [G] the pre-activations themselves
-//   an LSTM: the gain of c, its bias   a GRU: W_hh h's n itself
+// Overwrites dh, dstate and dpre (but for x's planes) of the rows valid at this step, held, and
+// dpre_h.
 template <class Kind, class S>
 __global__ void normalised_backward_kernel(const BackwardParams p, const BackwardStep step) {
   using C = Compute<S>;
-  using Cell = typename Kind::Cell;
+  using Cell = typename Kind::Gates;
   constexpr int G = Kind::kGates, kHeld = G + 1;
   SEQKERN_SHARED_MEMORY(shared);
   C* const sums = reinterpret_cast<C*>(shared);
@@ -183,10 +211,10 @@ __global__ void normalised_backward_kernel(const BackwardParams p, const Backwar
   const C* const statistics = reinterpret_cast<const C*>(reserve + p.saved * Hp);
 
   // The gradients of what gain and bias make, [G] in held; a GRU's n of W_hh h in the last of held.
-  if constexpr (Kind::kGru) {
+  if constexpr (kIsGru<Kind>) {
     for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
       take_unit(e, u);
-      Saved<Cell, S> saved(p, e, Kind::kValues);
+      Saved<Cell, S> saved(p, e, kValues<Kind>);
       const C dh = saved.take_h(p, step, e);
       C dpre[4];
       const C past = Cell::backward(dh, nullptr, saved.value, C(0), h_before<S>(p, e), nullptr,
@@ -200,7 +228,7 @@ __global__ void normalised_backward_kernel(const BackwardParams p, const Backwar
     C row[2] = {};
     for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
       take_unit(e, u);
-      Saved<Cell, S> saved(p, e, Kind::kValues);
+      Saved<Cell, S> saved(p, e, kValues<Kind>);
       const C dh = saved.take_h(p, step, e), gain = number<S>(own[4], u);
       const C normalised = saved.value[4];
       C dpre[4];
@@ -213,68 +241,107 @@ __global__ void normalised_backward_kernel(const BackwardParams p, const Backwar
       row[0] += d * gain, row[1] += d * gain * normalised;
     }
     sum_over_block(row, sums);
-    const C mean = row[0] / C(H), slope = row[1] / C(H), rstd = statistics[2];
     for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
       take_unit(e, u);
-      Saved<Cell, S> saved(p, e, Kind::kValues);
+      Saved<Cell, S> saved(p, e, kValues<Kind>);
       saved.take_states(p, step, e);
       C* const held = held_at<S>(step.held, p, e, kHeld);
       C dpre[4];
-      const C dc = saved.dstate[0] + (held[4 * H] - mean - saved.value[4] * slope) * rstd;
+      const C dc = saved.dstate[0] +
+                   through_norm(held[4 * H], saved.value[4], row[0], row[1], C(H), statistics[2]);
       Cell::c_backward(dc, saved.dstate, saved.value, saved.prev, saved.kept.within, dpre);
       saved.give_states(step, e);
       for (int k = 0; k < 3; k++) held[k * H] = dpre[k];
     }
   }
 
-  // To those of both products.
-  const auto gradient = [&](const C* held, int side, int k) {
-    return held[(Kind::kGru && side == 1 && k == 2 ? 3 : k) * H];
-  };
-  C row[4] = {};
+  // To those of the product.
+  C row[2] = {};
   for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
     take_unit(e, u);
     const C* const held = held_at<S>(step.held, p, e, kHeld);
     S* const to = dpre_of<S>(p, e);
-    for (int side = 0; side < 2; side++)
-      for (int k = 0; k < G; k++) {
-        const C d = gradient(held, side, k), x = widen(reserve[(side * G + k) * Hp + u]);
-        const C of_x = d * number<S>(own[2 * side], k * H + u);
-        to[((2 + side) * G + k) * H] = narrow<S>(d * x);
-        row[2 * side] += of_x, row[2 * side + 1] += of_x * x;
-      }
-    for (int k = 0; k < G; k++) to[(4 * G + k) * H] = narrow<S>(gradient(held, 0, k));
+    for (int k = 0; k < G; k++) {
+      const C d = held[(kIsGru<Kind> && k == 2 ? 3 : k) * H];
+      const C h = widen(reserve[(G + k) * Hp + u]), of_h = d * number<S>(own[2], k * H + u);
+      to[(3 * G + k) * H] = narrow<S>(d * h);
+      to[(4 * G + k) * H] = narrow<S>(held[k * H]);
+      row[0] += of_h, row[1] += of_h * h;
+    }
   }
   sum_over_block(row, sums);
-  const C count = C(G) * C(H);
   for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
     take_unit(e, u);
     const C* const held = held_at<S>(step.held, p, e, kHeld);
     S* const to = dpre_of<S>(p, e);
-    for (int side = 0; side < 2; side++)
-      for (int k = 0; k < G; k++) {
-        const C d = gradient(held, side, k), x = widen(reserve[(side * G + k) * Hp + u]);
-        const C of_x = d * number<S>(own[2 * side], k * H + u);
-        const S value = narrow<S>((of_x - row[2 * side] / count - x * row[2 * side + 1] / count) *
-                                  statistics[side]);
-        to[(side * G + k) * H] = value;
-        if (side == 1) dpre_h[k * H + u] = value;
-      }
+    for (int k = 0; k < G; k++) {
+      const C d = held[(kIsGru<Kind> && k == 2 ? 3 : k) * H] * number<S>(own[2], k * H + u);
+      const C h = widen(reserve[(G + k) * Hp + u]);
+      to[(G + k) * H] = dpre_h[k * H + u] =
+          narrow<S>(through_norm(d, h, row[0], row[1], C(G) * C(H), statistics[1]));
+    }
   }
+}
+
+// dpre's planes of x and its gain, at valid rows, of those of the pre-activations.
+template <class Kind, class S>
+__global__ void normalise_input_backward_kernel(const BackwardParams p) {
+  using C = Compute<S>;
+  constexpr int G = Kind::kGates;
+  SEQKERN_SHARED_MEMORY(shared);
+  C* const sums = reinterpret_cast<C*>(shared);
+  Element e;
+  if (!row_of_all(p, e)) return;
+  const int64_t H = p.H, Hp = padded(H);
+  const void* const gain = p.own[e.way][0];
+  const S* const reserve = in<S>(p.reserve) + at_reserve(p, e, e.row);
+  S* const dpre = dpre_of<S>(p, e);
+  C row[2] = {};
+  const auto each = [&](auto use) {
+    for (int64_t u = threadIdx.x; u < H; u += kStepThreads)
+      for (int k = 0; k < G; k++) {
+        const C d = widen(dpre[(4 * G + k) * H + u]), x = widen(reserve[k * Hp + u]);
+        use(k, u, d, x, d * number<S>(gain, k * H + u));
+      }
+  };
+  each([&](int k, int64_t u, C d, C x, C of_x) {
+    dpre[(2 * G + k) * H + u] = narrow<S>(d * x);
+    row[0] += of_x, row[1] += of_x * x;
+  });
+  sum_over_block(row, sums);
+  const C rstd = reinterpret_cast<const C*>(reserve + p.saved * Hp)[0];
+  each([&](int k, int64_t u, C, C x, C of_x) {
+    dpre[k * H + u] = narrow<S>(through_norm(of_x, x, row[0], row[1], C(G) * C(H), rstd));
+  });
 }
 
 template <class Body>
 void with_kind(CellKind cell, Dtype dtype, Body body) {
   with_dtype(dtype, [&](auto s) {
     using M = Math<TypeOf<decltype(s)>>;
-    if (cell == CellKind::layer_norm_lstm) return body(Type<NormalisedLstm<M>>(), s);
-    return body(Type<NormalisedGru<M>>(), s);
+    if (cell == CellKind::layer_norm_lstm) return body(Type<NormalisedLstmCell<M>>(), s);
+    return body(Type<NormalisedGruCell<M>>(), s);
   });
 }
 
-constexpr size_t kSharedBytes = 4 * kRowWarps * sizeof(double);
+constexpr size_t kSharedBytes = 2 * kRowWarps * sizeof(double);
 
 }  // namespace
+
+void normalise_input(const ForwardParams& params, void* gx, void* stream) {
+  with_kind(params.cell, params.dtype, [&](auto kind, auto s) {
+    launch_blocks("normalise_input_kernel", stream, params.D * params.rows.N, kSharedBytes,
+                  normalise_input_kernel<TypeOf<decltype(kind)>, TypeOf<decltype(s)>>, params, gx);
+  });
+}
+
+void normalise_input_backward(const BackwardParams& params, void* stream) {
+  with_kind(params.cell, params.dtype, [&](auto kind, auto s) {
+    launch_blocks("normalise_input_backward_kernel", stream, params.D * params.rows.N, kSharedBytes,
+                  normalise_input_backward_kernel<TypeOf<decltype(kind)>, TypeOf<decltype(s)>>,
+                  params);
+  });
+}
 
 void normalised_forward(const ForwardParams& params, const ForwardStep& step, void* stream) {
   with_kind(params.cell, params.dtype, [&](auto kind, auto s) {

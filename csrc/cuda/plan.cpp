@@ -21,6 +21,7 @@ constexpr double kSharedBytesPerCycle = 128;  // of a multiprocessor
 constexpr double kL2BytesPerCycle = 40;       // of a multiprocessor
 constexpr double kSyncCycles[] = {0, 50, 350, 1500};  // [Tier] besides, for the exchange
 constexpr double kPointwiseCycles = 150;              // of a thread's item
+constexpr double kRowSumCycles = 250;                 // of sums over a row, less the exchange
 
 constexpr const char* kNames[] = {"step", "block", "cluster", "grid"};
 
@@ -41,7 +42,6 @@ std::string format(const char* text, ...) {
 // Why no persistent kernel can run it, or "".
 std::string no_persistent(const PlanRequest& r, const Facts& facts) {
   const CellShape& shape = cell_shape(r.cell);
-  if (shape.rows) return format("%s normalises rows", shape.name);
   if (shape.hidden_gates == 0) return format("%s has no product", shape.name);
   if (r.projected && r.regularised) return "a projection's kernels do not regularise";
   if (r.dtype == Dtype::f64) return "float64 has no matrix instruction here";
@@ -78,6 +78,7 @@ double step_us(const PlanRequest& r, const Shape& shape, const Plan& plan) {
     if (plan.tier == Tier::cluster) cycles += vector / kSharedBytesPerCycle * 4;  // as pushed
     cycles += double(divide_up(plan.tiles[i] * plan.batch / 2, kWarps)) * kPointwiseCycles;
   }
+  cycles += shape.row_sums * (kRowSumCycles + kSyncCycles[int(plan.tier)]);
   const double rounds = double(divide_up(r.D * plan.slices, plan.groups));
   return rounds * cycles / (kClockGHz * 1e3);
 }
@@ -196,11 +197,13 @@ size_t exchange_bytes(const PlanRequest& r, const Plan& plan) {
   const Shape shape =
       shape_of(r.cell, element_bytes(r.dtype), r.pass, r.H, r.P, r.projected, three(r));
   const int64_t chunks = shape.leg[0].chunks + shape.leg[1].chunks;
-  return size_t(plan.groups * 2 * int64_t(plan.batch) * chunks * kChunkBytes);
+  int64_t bytes = int64_t(plan.batch) * chunks * kChunkBytes;
+  if (shape.row_sums > 0) bytes += row_sum_bytes(plan.batch, shape.leg[0].tiles);
+  return size_t(plan.groups * 2 * bytes);
 }
 
 size_t flag_count(const Plan& plan) {
-  return plan.tier == Tier::grid ? size_t(2) * size_t(plan.groups) * size_t(plan.blocks) : 0;
+  return plan.tier == Tier::grid ? size_t(3) * size_t(plan.groups) * size_t(plan.blocks) : 0;
 }
 
 }  // namespace seqkern::cuda

@@ -9,7 +9,8 @@
 // Both passes are one loop: every step each *group* of blocks multiplies its matrix (forward W_hh,
 // backward its transpose) by a vector per batch row that its blocks made together in the step
 // before (forward h, backward dpre), applies the gates, and exchanges the new vector. The matrix
-// never moves. A projection makes it two such *legs* per step (cut.h).
+// never moves. A projection makes it two such *legs* per step (cut.h). Where rows are normalised,
+// the blocks exchange a row's sums within the step, too (normalised.cuh).
 //
 // Who owns what (the exchange: exchange.cuh; the product: matrix.cuh)
 //   group   one direction and one slice of the batch (a *job*; when there are more jobs than groups
@@ -26,6 +27,7 @@
 #pragma once
 
 #include "matrix.cuh"
+#include "normalised.cuh"
 
 namespace seqkern::cuda {
 
@@ -170,6 +172,50 @@ __device__ __forceinline__ void load_own(const LayerParams& p, int64_t d, int u,
     own[k] = widen(static_cast<const S*>(p.own[d][0])[k * p.H + u]);
 }
 
+// The block's units' biases, to shared memory: [units][kSlots], an inner cell's likewise after
+// them.
+template <class Cell, class S>
+__device__ __forceinline__ void load_biases(const LayerParams& p, int64_t way, int64_t head,
+                                            int64_t first, int units, float* numbers) {
+  constexpr int G = Cell::kGates, kSlots = Cell::kSlots;
+  const int64_t H = p.H;
+  const S* b_ih = static_cast<const S*>(p.b_ih[way]);
+  const S* b_hh = static_cast<const S*>(p.b_hh[way]);
+  if (kHasHeads<Cell> && b_ih != nullptr) b_ih += head * G * H;
+  if (kHasHeads<Cell> && b_hh != nullptr) b_hh += head * G * H;
+  for (int i = threadIdx.x; i < kSlots * units; i += kThreads) {
+    const int slot = i % kSlots;
+    const int64_t u = first + i / kSlots;
+    const auto sum_of = [&](const S* of_x, const S* of_h) {
+      float sum = 0;
+      if (u < H && of_x != nullptr && slot < G) sum += widen(of_x[stored_slot<Cell>(slot) * H + u]);
+      if (u < H && of_h != nullptr && slot >= kSlots - G)
+        sum += widen(of_h[(slot - (kSlots - G)) * H + u]);
+      return sum;
+    };
+    numbers[i] = sum_of(b_ih, b_hh);
+    if constexpr (ProductsOf<Cell>::kMid == 2)
+      numbers[kSlots * units + i] =
+          sum_of(static_cast<const S*>(p.own[way][2]), static_cast<const S*>(p.own[way][3]));
+  }
+}
+
+// Likewise what normalised rows have: [units][kRowNumbers].
+template <class Cell, class S>
+__device__ __forceinline__ void load_row_numbers(const LayerParams& p, int64_t way, int64_t first,
+                                                 int units, float* numbers) {
+  constexpr int G = Cell::kGates, kNumbers = kRowNumbers<Cell>;
+  for (int i = threadIdx.x; i < kNumbers * units; i += kThreads) {
+    const int k = i % kNumbers;  // of [gain_h, bias_h] each gate's, then of [gain_c, bias_c]
+    const int64_t u = first + i / kNumbers;
+    const bool of_h = k < 2 * G;
+    const void* const from = p.own[way][of_h ? 2 + k / G : 4 + k - 2 * G];
+    numbers[i] = u < p.H && from != nullptr
+                     ? widen(static_cast<const S*>(from)[(of_h ? k % G : 0) * p.H + u])
+                     : 0.0f;
+  }
+}
+
 // By how much h is multiplied before it enters the product.
 template <class S>
 __device__ __forceinline__ float entering(const LayerParams& p, int64_t i) {
@@ -197,9 +243,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kMid = Of::kMid;
   constexpr bool kTwoLegs = kProjected || kMid > 0;
   constexpr int kLegs = kTwoLegs ? 2 : 1;
-  constexpr bool kRegular = kIsRegular<Cell>;
+  constexpr bool kRegular = kIsRegular<Cell>, kRows = kNormalises<Cell>;
   static_assert(!kProjected || !kRegular);
-  static_assert(kMid == 0 || kRegular);
+  static_assert((kMid == 0 && !kRows) || kRegular);
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
   Vector<S, kProduct, 1, kGrid> hidden(cut, 0, place, shared, at);
@@ -207,49 +253,33 @@ __global__ void __launch_bounds__(kThreads, 1)
   // What lies between the legs: h before its projection, or mid.
   If<kTwoLegs, Vector<S, kProduct, kAtLeastOne<kMid>, kGrid>> middle(cut, 1, place, shared, at);
   If<kTwoLegs, Matrix<S, kProduct, kLegs, 1, Of::kSecond>> w_second(cut, place, shared, at);
+  If<kRows, RowSums<kGrid>> row_sums(cut, place, shared, at);
   hidden.watch(w_hh.chunk0, w_hh.chunks);
   if constexpr (kTwoLegs) middle.watch(w_second.chunk0, w_second.chunks);
-  float* const bias = reinterpret_cast<float*>(shared + at.bias);  // [units][kSlots]
+  // [units][kSlots] biases; of rows [units][kRowNumbers]
+  float* const numbers = reinterpret_cast<float*>(shared + at.numbers);
   const int units = cut.leg[0].tiles * kTile;
   const int64_t B = p.rows.B, N = p.rows.N;
   const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
   const int kept_values = kRegular ? p.saved : kKept;
+  const int reserve_row = kRows ? int(p.reserve_row) : kept_values * Hp;
 
   int64_t loaded = -1;
   for (int index = place.group; index < int(D) * cut.slices; index += cut.groups) {
     const Job job = job_of(cut, p.rows, index);
     const int64_t d = job.d, way = way_of<Cell>(p, d), head = head_of<Cell>(p, d);
     if (d != loaded) {
-      loaded = d;
       w_hh.load(way, head);
       if constexpr (kTwoLegs) w_second.load(way, head);
-      const S* b_ih = static_cast<const S*>(p.b_ih[way]);
-      const S* b_hh = static_cast<const S*>(p.b_hh[way]);
-      if (kHasHeads<Cell> && b_ih != nullptr) b_ih += head * G * H;
-      if (kHasHeads<Cell> && b_hh != nullptr) b_hh += head * G * H;
+      const int64_t first = int64_t(place.member) * units;
       __syncthreads();
-      for (int i = threadIdx.x; i < kSlots * units; i += kThreads) {
-        const int slot = i % kSlots;
-        const int64_t u = place.member * units + i / kSlots;
-        float sum = 0;
-        if (u < H && b_ih != nullptr && slot < G)
-          sum += widen(b_ih[stored_slot<Cell>(slot) * H + u]);
-        if (u < H && b_hh != nullptr && slot >= kSlots - G)
-          sum += widen(b_hh[(slot - (kSlots - G)) * H + u]);
-        bias[i] = sum;
-        if constexpr (kMid == 2) {  // an inner cell's
-          const S* const inner_ih = static_cast<const S*>(p.own[way][2]);
-          const S* const inner_hh = static_cast<const S*>(p.own[way][3]);
-          float inner = 0;
-          if (u < H && inner_ih != nullptr && slot < G)
-            inner += widen(inner_ih[stored_slot<Cell>(slot) * H + u]);
-          if (u < H && inner_hh != nullptr && slot >= kSlots - G)
-            inner += widen(inner_hh[(slot - (kSlots - G)) * H + u]);
-          bias[kSlots * units + i] = inner;
-        }
-      }
+      if constexpr (kRows)
+        load_row_numbers<Cell, S>(p, way, first, units, numbers);
+      else
+        load_biases<Cell, S>(p, way, head, first, units, numbers);
       __syncthreads();
     }
+    loaded = d;
 
     // The lane's pairs: those of the gates, with c, and those of h, which are the same ones but for
     // a projection.
@@ -303,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const S* const gx = static_cast<const S*>(p.gx) + d * N * G * H;
     S* const y = static_cast<S*>(p.y) + d * P;
     S* const reserve =
-        p.reserve == nullptr ? nullptr : static_cast<S*>(p.reserve) + d * kept_values * Hp;
+        p.reserve == nullptr ? nullptr : static_cast<S*>(p.reserve) + d * reserve_row;
     const auto load = [&](int s, int i) {
       Item item;
       gate_item(i, item);
@@ -327,29 +357,31 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (s >= length[i]) return;
       gate_item(i, item);
       if constexpr (!kProjected) y[int64_t(at) * (D * H) + item.u] = given[i];
-      if (reserve != nullptr) {
-        S* const to = reserve + int64_t(at) * (D * kept_values * Hp) + item.u;
+      if (!kRows && reserve != nullptr) {
+        S* const to = reserve + int64_t(at) * (D * reserve_row) + item.u;
 #pragma unroll
         for (int k = 0; k < kKept; k++)
           if (k < kSaved || p.regularisers.on) to[k * Hp] = saved_[i][k];
       }
     };
 
-    // What regularisers make of the states that a step has made, and all that is kept of it.
-    // Returns h as it enters the next product.
+    // What regularisers make of the states that a step has made. Returns h as it enters the next
+    // product.
     [[maybe_unused]] const auto blend = [&](int i, const KeptOf<Cell>& kept, float made_h,
-                                            const float* made, const float* saved) {
-      if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(made_h);
+                                            const float* made) {
       h[i] = kept.h * h[i] + (1 - kept.h) * made_h;
 #pragma unroll
-      for (int k = 0; k < kStates; k++) {
-        state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
-        saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
+      for (int k = 0; k < kStates; k++) state[i][k] = kept.c * state[i][k] + (1 - kept.c) * made[k];
       given[i] = narrow<S>(h[i]);
       return h[i] * scale[i];
+    };
+    // All that is kept of such a step, once its states are blended.
+    [[maybe_unused]] const auto keep = [&](int i, float made_h, const float* saved) {
+      if constexpr (Cell::kNeedsH) saved_[i][kSaved] = narrow<S>(made_h);
+#pragma unroll
+      for (int k = 0; k < kStates; k++) saved_[i][kKept - kStates + k] = narrow<S>(state[i][k]);
+#pragma unroll
+      for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
     };
 
     for (int s = 0;; s++) {
@@ -368,94 +400,196 @@ __global__ void __launch_bounds__(kThreads, 1)
       w_hh.multiply(hidden);
       // The last step's h goes nowhere: no block may be written to when it has gone.
       const bool goes_on = s + 1 < job.steps;
+      if constexpr (kRows) {
+        using Gates = typename Cell::Gates;
+        float normalised[kItems][G], made_h[kItems];
+        float made[kItems][kAtLeastOne<kStates>];  // c
+        [[maybe_unused]] float o[kItems];
+        const auto own_numbers = [&](const Item& item) {
+          return numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell>;
+        };
+        // To the reserve, where x's part is already: values [first, ...), and a row's reciprocal
+        // deviation, which its first unit keeps. At once and not with y, since registers are
+        // scarce.
+        const auto keep_row = [&](int i, const Item& item, int first, const auto& values) {
+          if (s >= length[i] || reserve == nullptr) return;
+          S* const to = reserve + int64_t(row[i]) * (D * reserve_row) + first * Hp + item.u;
+          int k = 0;
+          for (const float value : values) to[k++ * Hp] = narrow<S>(value);
+        };
+        const auto keep_rstd = [&](int i, const Item& item, int which, float rstd) {
+          if (s >= length[i] || reserve == nullptr || item.u != 0) return;
+          S* const to = reserve + int64_t(row[i]) * (D * reserve_row) + kept_values * Hp;
+          reinterpret_cast<float*>(to)[which] = rstd;
+        };
 #pragma unroll
-      for (int i = 0; i < kItems; i++) {
-        Item item;
-        if (!gate_item(i, item)) continue;
-        float value = h[i];
-        [[maybe_unused]] float mid[kAtLeastOne<kMid>] = {};
-        if (s < length[i]) {
-          const int unit = item.which * kTile + place.lane % kTile;
-          float pre[kSlots], saved[kSaved + 1], w_hh_h[Of::kFirst];
-          if constexpr (kSlots == 4) {
-            const float4 four = reinterpret_cast<const float4*>(bias)[unit];
-            pre[0] = four.x, pre[1] = four.y, pre[2] = four.z, pre[3] = four.w;
-          } else {
-#pragma unroll
-            for (int slot = 0; slot < kSlots; slot++) pre[slot] = bias[unit * kSlots + slot];
-          }
-          sums_of(w_hh, item, w_hh_h);
-#pragma unroll
-          for (int slot = 0; slot < kSlots; slot++) {
-            if (slot < G) pre[slot] += widen(x[i][stored_slot<Cell>(slot)]);
-            if (slot >= Of::kFirstSlot && slot < Of::kFirstSlot + Of::kFirst)
-              pre[slot] += w_hh_h[slot - Of::kFirstSlot];
-          }
-          if constexpr (kMid > 0) {
-            const KeptOf<Cell> kept(p.regularisers, bits[i]);
-            Cell::begin(pre, h[i], h[i] * scale[i], state[i], kept.within, begun[i], mid);
-#pragma unroll
-            for (int slot = 0; slot < kSlots; slot++) begun_pre[i][slot] = pre[slot];
-          } else if constexpr (kRegular) {
-            const KeptOf<Cell> kept(p.regularisers, bits[i]);
-            float made[kAtLeastOne<kStates>];
-#pragma unroll
-            for (int k = 0; k < kStates; k++) made[k] = state[i][k];
-            value = gates<Cell>(p.cell, pre, h[i], made, own[i], kept.within, saved);
-            value = blend(i, kept, value, made, saved);
-          } else {
-            value = gates<Cell>(p.cell, pre, h[i], state[i], own[i], Unregularised{}, saved);
-            if constexpr (!kProjected) h[i] = value;
-#pragma unroll
-            for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
-            given[i] = narrow<S>(value);
-          }
-        } else if constexpr (kRegular) {
-          if (item.there) value *= scale[i];
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          sums_of(w_hh, item, normalised[i]);
+          Moments m = moments_of(normalised[i], item.u < H);
+          m.over_units();
+          row_sums.send(item.tile, item.n, m.mean, m.squares);
         }
-        if constexpr (kProjected)
-          middle.send(m_route[i], item.tile, {s < length[i] ? value : 0.0f});
-        else if constexpr (kMid > 0)
-          middle.send(m_route[i], item.tile, mid);
-        else if (goes_on)
-          hidden.send(h_route[i], item.tile, {value});
-      }
-      if constexpr (kMid > 0) {
-        middle.publish();
-        w_second.multiply(middle);
+        row_sums.exchange();
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          const Moments m = row_sums.template moments<G>(item.n, H);
+          const float rstd = m.rstd(float(p.eps));
+          float pre_x[G], pre_h[G];
+#pragma unroll
+          for (int g = 0; g < G; g++) {
+            normalised[i][g] = (normalised[i][g] - m.mean) * rstd;
+            pre_x[g] = widen(x[i][g]);
+            pre_h[g] = normalised[i][g] * own_numbers(item)[g] + own_numbers(item)[G + g];
+          }
+          const KeptOf<Cell> kept(p.regularisers, bits[i]);
+          if constexpr (kStates == 0) {
+            const float pre[4] = {pre_x[2], pre_x[0] + pre_h[0], pre_x[1] + pre_h[1], pre_h[2]};
+            float saved[kSaved];
+            made_h[i] = Gates::forward(pre, h[i], nullptr, nullptr, kept.within, saved);
+            keep_row(i, item, 2 * G, saved);
+          } else {
+            float pre[G];
+#pragma unroll
+            for (int g = 0; g < G; g++) pre[g] = pre_x[g] + pre_h[g];
+            made[i][0] = state[i][0];
+            float saved[kSaved];
+            Gates::make_c(pre, made[i], kept.within, saved);
+            o[i] = saved[3];
+            const float c[1] = {made[i][0]};
+            Moments of_c = moments_of(c, item.u < H);
+            of_c.over_units();
+            row_sums.send(item.tile, item.n, of_c.mean, of_c.squares);
+            keep_row(i, item, 2 * G, saved);  // but for the normalised c
+          }
+          keep_row(i, item, G, normalised[i]);
+          keep_rstd(i, item, 1, rstd);
+        }
+        if constexpr (kStates > 0) {
+          row_sums.exchange();
+#pragma unroll
+          for (int i = 0; i < kItems; i++) {
+            Item item;
+            if (!gate_item(i, item)) continue;
+            const Moments m = row_sums.template moments<1>(item.n, H);
+            const float rstd = m.rstd(float(p.eps));
+            const float* const of_c = own_numbers(item) + 2 * G;
+            const float of_row[1] = {(made[i][0] - m.mean) * rstd};
+            made_h[i] = Gates::make_h(o[i], of_row[0] * of_c[0] + of_c[1]);
+            keep_row(i, item, 2 * G + 4, of_row);
+            keep_rstd(i, item, 2, rstd);
+          }
+        }
 #pragma unroll
         for (int i = 0; i < kItems; i++) {
           Item item;
           if (!gate_item(i, item)) continue;
           float value = h[i];
           if (s < length[i]) {
-            const KeptOf<Cell> kept(p.regularisers, bits[i]);
-            float second[Of::kSecond], made[kAtLeastOne<kStates>];
-            sums_of(w_second, item, second);
-            const int unit = item.which * kTile + place.lane % kTile;
-            if constexpr (kMid == 2)
-#pragma unroll
-              for (int slot = 0; slot < kSlots; slot++)
-                second[slot] += bias[kSlots * units + unit * kSlots + slot];
-#pragma unroll
-            for (int k = 0; k < kStates; k++) made[k] = state[i][k];
-            value = Cell::end(begun_pre[i], second, h[i], made, kept.within, begun[i]);
-            value = blend(i, kept, value, made, begun[i]);
+            value = blend(i, KeptOf<Cell>(p.regularisers, bits[i]), made_h[i], made[i]);
+            if (kStates > 0 && p.regularisers.on)
+              keep_row(i, item, kept_values - kStates, state[i]);
           } else if (item.there) {
             value *= scale[i];
           }
           if (goes_on) hidden.send(h_route[i], item.tile, {value});
         }
-      }
-      if constexpr (kProjected) {
-        middle.publish();
-        w_second.multiply(middle);
+      } else {
 #pragma unroll
         for (int i = 0; i < kItems; i++) {
           Item item;
-          if (!h_item(i, item)) continue;
-          if (s < h_length(i)) h[i] = sum_of(w_second, item);
-          if (goes_on) hidden.send(h_route[i], item.tile, {h[i]});
+          if (!gate_item(i, item)) continue;
+          float value = h[i];
+          [[maybe_unused]] float mid[kAtLeastOne<kMid>] = {};
+          if (s < length[i]) {
+            const int unit = item.which * kTile + place.lane % kTile;
+            float pre[kSlots], saved[kSaved + 1], w_hh_h[Of::kFirst];
+            if constexpr (kSlots == 4) {
+              const float4 four = reinterpret_cast<const float4*>(numbers)[unit];
+              pre[0] = four.x, pre[1] = four.y, pre[2] = four.z, pre[3] = four.w;
+            } else {
+#pragma unroll
+              for (int slot = 0; slot < kSlots; slot++) pre[slot] = numbers[unit * kSlots + slot];
+            }
+            sums_of(w_hh, item, w_hh_h);
+#pragma unroll
+            for (int slot = 0; slot < kSlots; slot++) {
+              if (slot < G) pre[slot] += widen(x[i][stored_slot<Cell>(slot)]);
+              if (slot >= Of::kFirstSlot && slot < Of::kFirstSlot + Of::kFirst)
+                pre[slot] += w_hh_h[slot - Of::kFirstSlot];
+            }
+            if constexpr (kMid > 0) {
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              Cell::begin(pre, h[i], h[i] * scale[i], state[i], kept.within, begun[i], mid);
+#pragma unroll
+              for (int slot = 0; slot < kSlots; slot++) begun_pre[i][slot] = pre[slot];
+            } else if constexpr (kRegular) {
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              float made[kAtLeastOne<kStates>];
+#pragma unroll
+              for (int k = 0; k < kStates; k++) made[k] = state[i][k];
+              const float made_h = gates<Cell>(p.cell, pre, h[i], made, own[i], kept.within, saved);
+              value = blend(i, kept, made_h, made);
+              keep(i, made_h, saved);
+            } else {
+              value = gates<Cell>(p.cell, pre, h[i], state[i], own[i], Unregularised{}, saved);
+              if constexpr (!kProjected) h[i] = value;
+#pragma unroll
+              for (int k = 0; k < kSaved; k++) saved_[i][k] = narrow<S>(saved[k]);
+              given[i] = narrow<S>(value);
+            }
+          } else if constexpr (kRegular) {
+            if (item.there) value *= scale[i];
+          }
+          if constexpr (kProjected)
+            middle.send(m_route[i], item.tile, {s < length[i] ? value : 0.0f});
+          else if constexpr (kMid > 0)
+            middle.send(m_route[i], item.tile, mid);
+          else if (goes_on)
+            hidden.send(h_route[i], item.tile, {value});
+        }
+        if constexpr (kMid > 0) {
+          middle.publish();
+          w_second.multiply(middle);
+#pragma unroll
+          for (int i = 0; i < kItems; i++) {
+            Item item;
+            if (!gate_item(i, item)) continue;
+            float value = h[i];
+            if (s < length[i]) {
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              float second[Of::kSecond], made[kAtLeastOne<kStates>];
+              sums_of(w_second, item, second);
+              const int unit = item.which * kTile + place.lane % kTile;
+              if constexpr (kMid == 2)
+#pragma unroll
+                for (int slot = 0; slot < kSlots; slot++)
+                  second[slot] += numbers[kSlots * units + unit * kSlots + slot];
+#pragma unroll
+              for (int k = 0; k < kStates; k++) made[k] = state[i][k];
+              const float made_h =
+                  Cell::end(begun_pre[i], second, h[i], made, kept.within, begun[i]);
+              value = blend(i, kept, made_h, made);
+              keep(i, made_h, begun[i]);
+            } else if (item.there) {
+              value *= scale[i];
+            }
+            if (goes_on) hidden.send(h_route[i], item.tile, {value});
+          }
+        }
+        if constexpr (kProjected) {
+          middle.publish();
+          w_second.multiply(middle);
+#pragma unroll
+          for (int i = 0; i < kItems; i++) {
+            Item item;
+            if (!h_item(i, item)) continue;
+            if (s < h_length(i)) h[i] = sum_of(w_second, item);
+            if (goes_on) hidden.send(h_route[i], item.tile, {h[i]});
+          }
         }
       }
       if (goes_on) hidden.publish();
@@ -487,7 +621,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kPlanes = Of::kPlanes, kMid = Of::kMid;
   constexpr bool kTwoLegs = kProjected || kMid > 0;
   constexpr int kLegs = kTwoLegs ? 2 : 1;
-  constexpr bool kRegular = kIsRegular<Cell>;
+  constexpr bool kRegular = kIsRegular<Cell>, kRows = kNormalises<Cell>;
   constexpr bool kNeedsH = Cell::kNeedsH, kNeedsHPrev = Cell::kNeedsHPrev;
   SEQKERN_SHARED_MEMORY(shared);
   const Place place(cut);
@@ -496,11 +630,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   // All that reaches h, or the gradients of what the second product gave.
   If<kTwoLegs, Vector<S, kProduct, Of::kNumbers, kGrid>> middle(cut, 1, place, shared, at);
   If<kTwoLegs, Matrix<S, kProduct, kLegs, 1, kAtLeastOne<kMid>>> w_second(cut, place, shared, at);
+  If<kRows, RowSums<kGrid>> row_sums(cut, place, shared, at);
+  [[maybe_unused]] float* const numbers = reinterpret_cast<float*>(shared + at.numbers);
   dpre_h.watch(w_hh.chunk0, w_hh.chunks);
   if constexpr (kTwoLegs) middle.watch(w_second.chunk0, w_second.chunks);
   const int64_t B = p.rows.B, N = p.rows.N;
   const int H = int(p.H), P = int(p.P), D = int(p.D), Hp = int(cut.Hp);
   const int kept_values = kRegular ? p.saved : kKept;
+  const int reserve_row = kRows ? int(p.reserve_row) : kept_values * Hp;
 
   int64_t loaded = -1;
   for (int index = place.group; index < int(D) * cut.slices; index += cut.groups) {
@@ -509,6 +646,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (d != loaded) {
       w_hh.load(way, head);
       if constexpr (kTwoLegs) w_second.load(way, head);
+      if constexpr (kRows) {
+        const int units = cut.leg[0].tiles * kTile;
+        __syncthreads();
+        load_row_numbers<Cell, S>(p, way, int64_t(place.member) * units, units, numbers);
+        __syncthreads();
+      }
     }
     loaded = d;
 
@@ -561,11 +704,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     S mid_[kMid > 0 ? kItems : 1][kAtLeastOne<kMid>];
     float carry[kMid > 0 ? kItems : 1][1] = {};  // from a cell's end to its beginning
     int bits[kRegular ? kItems : 1] = {};
+    [[maybe_unused]] float rstd[kRows ? kItems : 1][2];
+    [[maybe_unused]] S normalised_[kRows ? kItems : 1][G];  // W_hh h
     int row[kItems] = {};  // of the step before this one in time, which is s + 1
     const S* const dy_rows = p.dy == nullptr ? nullptr : static_cast<const S*>(p.dy) + d * P;
     const S* const y = static_cast<const S*>(p.y) + d * P;
     [[maybe_unused]] const S* const reserve =
-        kKept == 0 ? nullptr : static_cast<const S*>(p.reserve) + d * kept_values * Hp;
+        kKept == 0 ? nullptr : static_cast<const S*>(p.reserve) + d * reserve_row;
     S* const dpre_rows = static_cast<S*>(p.dpre) + d * N * kPlanes * H;
     const auto load = [&](int s, int i) {
       Item item;
@@ -584,7 +729,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (p.regularisers.mask != nullptr)
           bits[i] = p.regularisers.mask[(from * D + d) * H + item.u];
       if (!kProjected && p.dy != nullptr) dy[i] = dy_rows[from * (D * H) + item.u];
-      const S* const saved_from = reserve + from * (D * kept_values * Hp) + item.u;
+      const S* saved_from = reserve + from * (D * reserve_row) + item.u;
+      if constexpr (kRows) {
+        const float* const statistics =
+            reinterpret_cast<const float*>(saved_from - item.u + kept_values * Hp);
+        rstd[i][0] = statistics[1];
+        if (kStates > 0) rstd[i][1] = statistics[2];
+#pragma unroll
+        for (int g = 0; g < G; g++) normalised_[i][g] = saved_from[(G + g) * Hp];
+        saved_from += 2 * G * Hp;
+      }
       if constexpr (kNeedsH)
         now[i] =
             kRegular && p.regularisers.on ? saved_from[kSaved * Hp] : y[from * (D * H) + item.u];
@@ -595,8 +749,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kNeedsHPrev) before[i][0] = y[previous * (D * H) + item.u];
 #pragma unroll
         for (int k = 0; k < kStates; k++)
-          before[i][k] = reserve[previous * (D * kept_values * Hp) +
-                                 (kept_values - kStates + k) * Hp + item.u];
+          before[i][k] =
+              reserve[previous * (D * reserve_row) + (kept_values - kStates + k) * Hp + item.u];
       } else if constexpr (kNeedsHPrev) {
         before[i][0] = static_cast<const S*>(p.h0)[(d * B + item.b) * H + item.u];
       } else {
@@ -638,122 +792,221 @@ __global__ void __launch_bounds__(kThreads, 1)
         last_row[i] = row[i];
         if (s >= 0) load(s, i);
       }
-      if (s + 1 < job.steps)
+      if (!kRows && s + 1 < job.steps)
 #pragma unroll
         for (int i = 0; i < kItems; i++) store(s + 1, i, last_row[i]);
       if (s < 0) break;
       w_hh.multiply(dpre_h);
-      if constexpr (kProjected) {
-#pragma unroll
-        for (int i = 0; i < kItems; i++) {
-          Item item;
-          if (!h_item(i, item)) continue;
-          float all = 0;
-          if (s < h_length(i)) {
-            all = dh[i] + sum_of(w_hh, item);
-            if (p.dy != nullptr) all += widen(dy[i]);
-            dh[i] = 0;
-            all_[i] = narrow<S>(all);
-          }
-          middle.send(middle_route[i], item.tile, {all});
-        }
-        middle.publish();
-        w_second.multiply(middle);
-      }
-      if constexpr (kMid > 0) {
+      if constexpr (kRows) {
+        // dpre is written while the others' sums are on their way.
+        using Gates = typename Cell::Gates;
+        float saved[kItems][kSaved], prev[kItems][kAtLeastOne<kStates>];
+        float d_gate[kItems][G] = {};  // of W_hh h's part, once gain and bias have been applied
+        [[maybe_unused]] float d_c[kItems] = {};
+        const auto own_numbers = [&](const Item& item) {
+          return numbers + (item.which * kTile + place.lane % kTile) * kRowNumbers<Cell>;
+        };
+        const auto normalised = [&](int i, int g) { return widen(normalised_[i][g]); };
+        const auto write = [&](int i, const Item& item, int plane, float value) {
+          dpre_rows[int64_t(row[i]) * (kPlanes * H) + plane * H + item.u] = narrow<S>(value);
+        };
 #pragma unroll
         for (int i = 0; i < kItems; i++) {
           Item item;
           if (!gate_item(i, item)) continue;
-          float from_mid[Of::kNumbers] = {};
+          const float from_product = sum_of(w_hh, item);
+          [[maybe_unused]] float a = 0, b = 0;
           if (s < length[i]) {
-            float all = dh[i] + sum_of(w_hh, item) * scale[i];
+            float all = dh[i] + from_product * scale[i];
             if (p.dy != nullptr) all += widen(dy[i]);
             const KeptOf<Cell> kept(p.regularisers, bits[i]);
-            float saved[kSaved], dpre[kPlanes], prev[kAtLeastOne<kStates>];
-            float made[kAtLeastOne<kStates>];
-            load_saved(i, saved, prev);
-#pragma unroll
-            for (int k = 0; k < kStates; k++) made[k] = (1 - kept.c) * dstate[i][k];
-            const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
-            Cell::end_backward((1 - kept.h) * all, made, saved, h_prev, prev, kept.within, dpre,
-                               carry[i], dh[i]);
-            dh[i] += kept.h * all;
-#pragma unroll
-            for (int k = 0; k < kStates; k++) dstate[i][k] = made[k] + kept.c * dstate[i][k];
-#pragma unroll
-            for (int k = Cell::kEndPlane; k < kPlanes; k++) {
-              dpre_[i][k] = narrow<S>(dpre[k]);
-              if (k >= Of::kMidPlane && k < Of::kMidPlane + Of::kNumbers)
-                from_mid[k - Of::kMidPlane] = dpre[k];
+            load_saved(i, saved[i], prev[i]);
+            const float d_made = (1 - kept.h) * all;
+            dh[i] = kept.h * all;
+            float dpre[4];
+            if constexpr (kStates == 0) {
+              dh[i] += Gates::backward(d_made, nullptr, saved[i], 0.0f, widen(before[i][0]),
+                                       nullptr, nullptr, kept.within, dpre);
+              d_gate[i][0] = dpre[1], d_gate[i][1] = dpre[2], d_gate[i][2] = dpre[3];
+              write(i, item, 4 * G, dpre[1]);
+              write(i, item, 4 * G + 1, dpre[2]);
+              write(i, item, 4 * G + 2, dpre[0]);
+              write(i, item, 5 * G, dpre[3]);
+            } else {
+              const float* const of_c = own_numbers(item) + 2 * G;
+              const float of_row = saved[i][4];
+              const float d = Gates::h_backward(d_made, saved[i], of_row * of_c[0] + of_c[1], dpre);
+              d_gate[i][3] = dpre[3];
+              d_c[i] = d * of_c[0];
+              a = d_c[i], b = d_c[i] * of_row;
+              write(i, item, 5 * G, d * of_row);
+              write(i, item, 5 * G + 1, d);
             }
           }
-          middle.send(middle_route[i], item.tile, from_mid);
+          if constexpr (kStates > 0) {
+            sum_over_units(a, b);
+            row_sums.send(item.tile, item.n, a, b);
+          }
         }
-        middle.publish();
-        w_second.multiply(middle);
-      }
+        if constexpr (kStates > 0) row_sums.exchange();
 #pragma unroll
-      for (int i = 0; i < kItems; i++) {
-        Item item;
-        if (!gate_item(i, item)) continue;
-        float from_h[Of::kFirst] = {};
-        if constexpr (kMid > 0) {
-          if (s < length[i]) {
-            const KeptOf<Cell> kept(p.regularisers, bits[i]);
-            float saved[kSaved], dpre[kPlanes], prev[kAtLeastOne<kStates>], dmid[kMid], mid[kMid];
-            load_saved(i, saved, prev);
-            sums_of(w_second, item, dmid);
-            const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
-            Cell::begin_backward(dmid, dstate[i], saved, h_prev, h_prev * scale[i], scale[i], prev,
-                                 kept.within, carry[i], dpre, dh[i], mid);
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          if constexpr (kStates > 0) {
+            float sum, slope;
+            row_sums.sums(item.n, sum, slope);
+            if (s < length[i]) {
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              float made[1] = {(1 - kept.c) * dstate[i][0]};
+              const float dc =
+                  made[0] + through_norm(d_c[i], saved[i][4], sum, slope, float(H), rstd[i][1]);
+              Gates::c_backward(dc, made, saved[i], prev[i], kept.within, d_gate[i]);
+              dstate[i][0] = made[0] + kept.c * dstate[i][0];
 #pragma unroll
-            for (int k = 0; k < kMid; k++) mid_[i][k] = narrow<S>(mid[k]);
-#pragma unroll
-            for (int k = 0; k < kSlots; k++) {
-              if (k < Cell::kEndPlane) dpre_[i][k] = narrow<S>(dpre[k]);
-              if (k >= Of::kFirstSlot && k < Of::kFirstSlot + Of::kFirst)
-                from_h[k - Of::kFirstSlot] = widen(dpre_[i][k]);
+              for (int g = 0; g < G; g++) write(i, item, 4 * G + g, d_gate[i][g]);
             }
           }
-        } else if (s < length[i]) {
-          float all;
-          if constexpr (kProjected) {
-            all = sum_of(w_second, item);
-          } else {
-            if constexpr (kRegular)
-              all = dh[i] + sum_of(w_hh, item) * scale[i];
-            else
+          float a = 0, b = 0;
+          if (s < length[i])
+#pragma unroll
+            for (int g = 0; g < G; g++) {
+              write(i, item, 3 * G + g, d_gate[i][g] * normalised(i, g));
+              d_gate[i][g] *= own_numbers(item)[g];
+              a += d_gate[i][g], b += d_gate[i][g] * normalised(i, g);
+            }
+          sum_over_units(a, b);
+          row_sums.send(item.tile, item.n, a, b);
+        }
+        row_sums.exchange();
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          float sum, slope, from_h[G] = {};
+          row_sums.sums(item.n, sum, slope);
+          if (s < length[i])
+#pragma unroll
+            for (int g = 0; g < G; g++) {
+              from_h[g] = through_norm(d_gate[i][g], normalised(i, g), sum, slope, float(G * H),
+                                       rstd[i][0]);
+              write(i, item, G + g, from_h[g]);
+            }
+          dpre_h.send(dpre_route[i], item.tile, from_h);
+        }
+      } else {
+        if constexpr (kProjected) {
+#pragma unroll
+          for (int i = 0; i < kItems; i++) {
+            Item item;
+            if (!h_item(i, item)) continue;
+            float all = 0;
+            if (s < h_length(i)) {
               all = dh[i] + sum_of(w_hh, item);
-            if (p.dy != nullptr) all += widen(dy[i]);
+              if (p.dy != nullptr) all += widen(dy[i]);
+              dh[i] = 0;
+              all_[i] = narrow<S>(all);
+            }
+            middle.send(middle_route[i], item.tile, {all});
           }
-          float saved[kSaved + 1], dpre[kPlanes], prev[kAtLeastOne<kStates>];
-          load_saved(i, saved, prev);
-          const float h_now = kNeedsH ? widen(now[i]) : 0.0f;
-          const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
-          float past;
-          if constexpr (kRegular) {
-            const KeptOf<Cell> kept(p.regularisers, bits[i]);
-            float made[kAtLeastOne<kStates>];
-#pragma unroll
-            for (int k = 0; k < kStates; k++) made[k] = (1 - kept.c) * dstate[i][k];
-            past = gate_gradients<Cell>(p.cell, (1 - kept.h) * all, made, saved, h_now, h_prev,
-                                        prev, own[i], kept.within, dpre);
-            past += kept.h * all;
-#pragma unroll
-            for (int k = 0; k < kStates; k++) dstate[i][k] = made[k] + kept.c * dstate[i][k];
-          } else {
-            past = gate_gradients<Cell>(p.cell, all, dstate[i], saved, h_now, h_prev, prev, own[i],
-                                        Unregularised{}, dpre);
-          }
-          if constexpr (!kProjected) dh[i] = past;
-#pragma unroll
-          for (int slot = 0; slot < kPlanes; slot++) {
-            dpre_[i][slot] = narrow<S>(dpre[slot]);
-            if (slot >= kSlots - G && slot < kSlots) from_h[slot - (kSlots - G)] = dpre[slot];
-          }
+          middle.publish();
+          w_second.multiply(middle);
         }
-        dpre_h.send(dpre_route[i], item.tile, from_h);
+        if constexpr (kMid > 0) {
+#pragma unroll
+          for (int i = 0; i < kItems; i++) {
+            Item item;
+            if (!gate_item(i, item)) continue;
+            float from_mid[Of::kNumbers] = {};
+            if (s < length[i]) {
+              float all = dh[i] + sum_of(w_hh, item) * scale[i];
+              if (p.dy != nullptr) all += widen(dy[i]);
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              float saved[kSaved], dpre[kPlanes], prev[kAtLeastOne<kStates>];
+              float made[kAtLeastOne<kStates>];
+              load_saved(i, saved, prev);
+#pragma unroll
+              for (int k = 0; k < kStates; k++) made[k] = (1 - kept.c) * dstate[i][k];
+              const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
+              Cell::end_backward((1 - kept.h) * all, made, saved, h_prev, prev, kept.within, dpre,
+                                 carry[i], dh[i]);
+              dh[i] += kept.h * all;
+#pragma unroll
+              for (int k = 0; k < kStates; k++) dstate[i][k] = made[k] + kept.c * dstate[i][k];
+#pragma unroll
+              for (int k = Cell::kEndPlane; k < kPlanes; k++) {
+                dpre_[i][k] = narrow<S>(dpre[k]);
+                if (k >= Of::kMidPlane && k < Of::kMidPlane + Of::kNumbers)
+                  from_mid[k - Of::kMidPlane] = dpre[k];
+              }
+            }
+            middle.send(middle_route[i], item.tile, from_mid);
+          }
+          middle.publish();
+          w_second.multiply(middle);
+        }
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+          Item item;
+          if (!gate_item(i, item)) continue;
+          float from_h[Of::kFirst] = {};
+          if constexpr (kMid > 0) {
+            if (s < length[i]) {
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              float saved[kSaved], dpre[kPlanes], prev[kAtLeastOne<kStates>], dmid[kMid], mid[kMid];
+              load_saved(i, saved, prev);
+              sums_of(w_second, item, dmid);
+              const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
+              Cell::begin_backward(dmid, dstate[i], saved, h_prev, h_prev * scale[i], scale[i],
+                                   prev, kept.within, carry[i], dpre, dh[i], mid);
+#pragma unroll
+              for (int k = 0; k < kMid; k++) mid_[i][k] = narrow<S>(mid[k]);
+#pragma unroll
+              for (int k = 0; k < kSlots; k++) {
+                if (k < Cell::kEndPlane) dpre_[i][k] = narrow<S>(dpre[k]);
+                if (k >= Of::kFirstSlot && k < Of::kFirstSlot + Of::kFirst)
+                  from_h[k - Of::kFirstSlot] = widen(dpre_[i][k]);
+              }
+            }
+          } else if (s < length[i]) {
+            float all;
+            if constexpr (kProjected) {
+              all = sum_of(w_second, item);
+            } else {
+              if constexpr (kRegular)
+                all = dh[i] + sum_of(w_hh, item) * scale[i];
+              else
+                all = dh[i] + sum_of(w_hh, item);
+              if (p.dy != nullptr) all += widen(dy[i]);
+            }
+            float saved[kSaved + 1], dpre[kPlanes], prev[kAtLeastOne<kStates>];
+            load_saved(i, saved, prev);
+            const float h_now = kNeedsH ? widen(now[i]) : 0.0f;
+            const float h_prev = kNeedsHPrev ? widen(before[i][0]) : 0.0f;
+            float past;
+            if constexpr (kRegular) {
+              const KeptOf<Cell> kept(p.regularisers, bits[i]);
+              float made[kAtLeastOne<kStates>];
+#pragma unroll
+              for (int k = 0; k < kStates; k++) made[k] = (1 - kept.c) * dstate[i][k];
+              past = gate_gradients<Cell>(p.cell, (1 - kept.h) * all, made, saved, h_now, h_prev,
+                                          prev, own[i], kept.within, dpre);
+              past += kept.h * all;
+#pragma unroll
+              for (int k = 0; k < kStates; k++) dstate[i][k] = made[k] + kept.c * dstate[i][k];
+            } else {
+              past = gate_gradients<Cell>(p.cell, all, dstate[i], saved, h_now, h_prev, prev,
+                                          own[i], Unregularised{}, dpre);
+            }
+            if constexpr (!kProjected) dh[i] = past;
+#pragma unroll
+            for (int slot = 0; slot < kPlanes; slot++) {
+              dpre_[i][slot] = narrow<S>(dpre[slot]);
+              if (slot >= kSlots - G && slot < kSlots) from_h[slot - (kSlots - G)] = dpre[slot];
+            }
+          }
+          dpre_h.send(dpre_route[i], item.tile, from_h);
+        }
       }
       dpre_h.publish();
     }

@@ -8,12 +8,24 @@ The tutorials, by the letters that the docstrings use: M PyTorch Masterclass, pa
 sequential tasks; C CMSC 473/673: recurrent networks; S PyTorch sequence modeling; D deep learning for NLP.
 Names that collide between them, or with seqkern.nn's:
 
-    tutorial                here
-    M SimpleRNN             RNNStep
-    S SimpleRNN             SimpleRNN
-    M SentimentLSTM         SentimentLSTM
-    D SentimentLSTM         BinarySentimentLSTM
-    M Attention(hidden_dim) OutputAttention
+    tutorial                                        here
+    M SimpleRNN                                     RNNStep
+    S SimpleRNN                                     SimpleRNN
+    M SentimentLSTM                                 SentimentLSTM
+    D SentimentLSTM                                 BinarySentimentLSTM
+    M Attention(hidden_dim)                         OutputAttention
+    M Encoder, Decoder, Seq2Seq                     LSTMEncoder, LSTMDecoder, LSTMSeq2Seq
+    M the same with attention, Attention            AttnEncoder, AttnDecoder, AttnSeq2Seq, AttnScore
+    D Encoder, Decoder                              CharEncoder, CharDecoder
+    M MultiHeadAttention, of the Transformer        SelfAttention
+    M MultiHeadAttention, in block form             AttentionBlock
+    M Encoder, Decoder, Transformer                 VanillaEncoder, VanillaDecoder, VanillaTransformer
+    T MultiHeadAttention                            MultiHeadAttentionHA
+    T PositionalEncoding                            DropoutPositionalEncoding
+    M, S, D PositionalEncoding                      PositionalEncoding, for D with batch_first=False
+
+Two corrections change shapes, so that not all of a tutorial's state_dict fits: AttnEncoder has both
+directions and a bridge, and CharDecoder's GRU reads 2H.
 """
 
 from seqkern.models.characters import CharacterEncoder, CharacterOptions

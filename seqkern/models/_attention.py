@@ -63,14 +63,14 @@ def run_encoder(
     Returns:  like x, zero beyond each row's length
     """
     if isinstance(encoder, seqkern.nn.TransformerEncoder):
-        return encoder(x, mask=mask, is_causal=is_causal, lengths=lengths)
+        return encoder(x, mask=mask, is_causal=is_causal or None, lengths=lengths)
     batch_first = encoder.layers[0].self_attn.batch_first
     steps = x.shape[1 if batch_first else 0]
     if is_causal:
         mask = _later(steps, x.device)
     if lengths is None:
         return encoder(x, mask=mask, is_causal=is_causal)
-    padding = _padding(lengths, steps)
+    padding = ~valid_from_lengths(lengths, steps)
     y = encoder(x, mask=mask, src_key_padding_mask=padding, is_causal=is_causal)
     return _zeroed(y, lengths, batch_first)
 
@@ -91,8 +91,10 @@ def run_decoder(
     y = decoder(
         *(tgt, memory, _later(L, tgt.device)),
         tgt_is_causal=True,
-        tgt_key_padding_mask=None if tgt_lengths is None else _padding(tgt_lengths, L),
-        memory_key_padding_mask=None if memory_lengths is None else _padding(memory_lengths, memory.shape[1]),
+        tgt_key_padding_mask=None if tgt_lengths is None else ~valid_from_lengths(tgt_lengths, L),
+        memory_key_padding_mask=(
+            None if memory_lengths is None else ~valid_from_lengths(memory_lengths, memory.shape[1])
+        ),
     )
     return y if tgt_lengths is None else _zeroed(y, tgt_lengths, True)
 
@@ -101,11 +103,7 @@ def _later(L: int, device: torch.device) -> Tensor:
     return torch.ones((L, L), dtype=torch.bool, device=device).triu(1)
 
 
-def _padding(lengths: Tensor, L: int) -> Tensor:
-    """torch.nn gives NaN where there is no key at all: an empty row keeps its first."""
-    return ~valid_from_lengths(lengths.clamp(min=1), L)
-
-
 def _zeroed(y: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """As seqkern's stacks leave it; of an empty row torch.nn's encoder may make NaN."""
     valid = valid_from_lengths(lengths, y.shape[1 if batch_first else 0])
     return torch.where((valid if batch_first else valid.T).unsqueeze(2), y, 0)

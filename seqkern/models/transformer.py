@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import seqkern.nn
 from seqkern import ops
 from seqkern.models._attention import backend_of, run_encoder
 from seqkern.models._layers import max_over_time
+from seqkern.models.decoding import ancestral_sampling
 from seqkern.models.positional import PositionalEncoding, sinusoids
 
 # ---- T -----------------------------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ class TransformerModel(nn.Module):
                 dim_feedforward=2048, dropout=0.1, max_len=5000, layers=seqkern.nn)
                 causal: a step sees no later one, which a language model wants; False: D's values
     Call:       logits = model(src)
-    Decode:     greedy_search(model.step, model.initial_state(), start, …), and the other searches
+    Decode:     model.generate(prompt), or the searches: greedy_search(model.step, model.initial_state(), …)
     Parameters: embedding, transformer_encoder.*, fc;  buffer pos_encoder.pe [max_len, d_model]
 
     Corrected:  D has no causal mask, does not keep d_model, and adds the positions along the batch.
@@ -372,3 +374,56 @@ class TransformerModel(nn.Module):
             state.cache.reorder(index)
             return state
         return _State(None if state.ids is None else state.ids.index_select(1, index), None)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        start_tokens: Tensor,
+        max_len: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        eos_idx: int | None = None,
+    ) -> Tensor:
+        """The prompt and max_len tokens drawn after it, one by one, in evaluation mode.
+
+        Args:     start_tokens: [B, P] ids, batch first, P at least 1
+                  temperature, top_k, top_p, generator: as seqkern.models.sample takes them
+                  eos_idx: a row that has drawn it goes on with it to its end
+        Returns:  [B, P + max_len]
+        Raises:   ValueError: an empty or wrongly shaped prompt, max_len below 1, a model with causal=False,
+                  and as sample
+        """
+        if start_tokens.dim() != 2 or not start_tokens.shape[1]:
+            raise ValueError(
+                f"start_tokens: expected [B, P] with P of at least 1, got {tuple(start_tokens.shape)}"
+            )
+        was_training = self.training
+        self.eval()
+        try:
+            state = self._read(start_tokens[:, :-1].T, self.initial_state())
+            drawn = ancestral_sampling(
+                *(self.step, state, start_tokens[:, -1]),
+                eos_index=eos_idx,
+                max_len=max_len,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                generator=generator,
+                pad_index=0 if eos_idx is None else eos_idx,
+            ).ids
+        finally:
+            self.train(was_training)
+        drawn = F.pad(drawn, (0, max_len - drawn.shape[1]), value=0 if eos_idx is None else eos_idx)
+        return torch.cat([start_tokens, drawn], 1)
+
+    def _read(self, ids: Tensor, state: _State) -> _State:
+        """The state after the first ids [P, R], P >= 0, all at once."""
+        if state.cache is None:
+            return _State(ids, None)
+        if not len(ids):
+            return state
+        _, cache = self.transformer_encoder(self._embed(ids), is_causal=True, cache=state.cache)
+        return _State(None, cache)

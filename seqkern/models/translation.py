@@ -95,28 +95,30 @@ class _GRUState(NamedTuple):
 
 
 class TranslationGRU(TranslationModel):
-    """A bidirectional GRU, additive attention and a GRU that is fed what it attends to: RNNsearch.
+    """A bidirectional GRU, attention and a GRU that is fed what it attends to; by default RNNsearch.
 
         keys = encoder(dropout(E_s x));  h_0 = tanh(bridge [final h→; final h←])
         h_t, c_t = decoder(dropout(E_t y_{t-1}), keys)
         logits   = out(dropout(tanh(readout [h_t; c_t; E_t y_{t-1}])))
 
     Construct:  TranslationGRU(src_vocab_size, tgt_vocab_size, embed_dim=256, hidden_size=512, *,
-                encoder_size=None, attention_dim=None, dropout=0.3, tie_weights=True,
+                encoder_size=None, attention="additive", attention_dim=None, dropout=0.3, tie_weights=True,
                 share_embeddings=False, pad_index=1, sos_index=2, eos_index=3, layers=seqkern.nn)
-                encoder_size: of each direction, None: hidden_size // 2;  attention_dim: None: hidden_size
+                encoder_size: of each direction, None: hidden_size // 2
+                attention: "additive", Bahdanau's decoder; "dot", "general", "concat", Luong's, whose output
+                h~ stands for h_t;  attention_dim: of "additive" and "concat", None: hidden_size
                 tie_weights: out's weight is the target embedding's;  share_embeddings: of one vocabulary
     Call:       logits = model(src, tgt, src_lengths, tgt_lengths)
     Decode:     model.decode(src, src_lengths, beam_width=5)
     Plot:       model.attention_weights(src, tgt)
     Parameters: src_embedding, tgt_embedding, encoder, bridge, decoder.*, readout, out
 
-    Forward runs all steps of the decoder in seqkern.AttentionDecoder, on a CPU one operator. Padded sources
-    are neither encoded nor attended to.
+    Forward runs all steps of the decoder in seqkern.AttentionDecoder, with additive attention on a CPU one
+    operator. Padded sources are neither encoded nor attended to.
 
     Source:     Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and
-                Translate", 2015; its deep output with tanh for maxout;  Press and Wolf, "Using the Output
-                Embedding to Improve Language Models", 2017
+                Translate", 2015; its deep output with tanh for maxout;  Luong, Pham and Manning, 2015;
+                Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class TranslationGRU(TranslationModel):
         hidden_size: int = 512,
         *,
         encoder_size: int | None = None,
+        attention: str = "additive",
         attention_dim: int | None = None,
         dropout: float = 0.3,
         tie_weights: bool = True,
@@ -148,6 +151,8 @@ class TranslationGRU(TranslationModel):
         self.bridge = nn.Linear(2 * encoder_size, hidden_size)
         self.decoder = gru_attention_decoder(
             *(layers, embed_dim, hidden_size, 2 * encoder_size),
+            feeding="bahdanau" if attention == "additive" else "luong",
+            attention=attention,
             attention_dim=attention_dim,
             batch_first=True,
         )
@@ -179,7 +184,8 @@ class TranslationGRU(TranslationModel):
         lengths = self.lengths_of(src) if src_lengths is None else src_lengths
         y, h = run(self.encoder, self.dropout(self.src_embedding(src)), lengths)
         hidden = torch.tanh(self.bridge(torch.cat([h[0], h[1]], 1)))
-        return _GRUState(DecoderState(hidden), self.decoder.project_keys(y, lengths=lengths))
+        fed = torch.zeros_like(hidden) if self.decoder.feeding == "luong" else None
+        return _GRUState(DecoderState(hidden, None, fed), self.decoder.project_keys(y, lengths=lengths))
 
     def step(self, ids: Tensor, state: _GRUState) -> tuple[Tensor, _GRUState]:
         embedded = self.dropout(self.tgt_embedding(ids))

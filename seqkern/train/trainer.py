@@ -169,9 +169,8 @@ class Trainer:
                 patience=config.plateau_patience,
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self._losses: list[
-            Tensor
-        ] = []  # of batches since the last line of the log: on the device, not waited for
+        # Of the batches since the last line of the log: on the device, so that nothing waits for them.
+        self._losses: list[Tensor] = []
         self._best: dict[str, Tensor] = {}
         # From here on, each process draws its own numbers; the parameters were drawn before, the same in all.
         torch.manual_seed(config.seed + self.world.rank)
@@ -196,9 +195,8 @@ class Trainer:
             if at.batch == 0:
                 self.task.start_epoch()
             label = f"{self.label} {at.epoch + 1}/{config.epochs}"
-            with Progress(
-                label, len(self.task.batches), stream=None if self.world.leads else io.StringIO()
-            ) as bar:
+            stream = None if self.world.leads else io.StringIO()
+            with Progress(label, len(self.task.batches), stream=stream) as bar:
                 for group, is_last in self._groups():
                     self._update(group)
                     self._report(bar)
@@ -312,7 +310,9 @@ class Trainer:
             self.evaluated.load_state_dict(distributed.full_state(self.model))
         self.evaluated.eval()
         with torch.no_grad():
-            figures = self.world.gather(task.evaluate(self.evaluated))[0]
+            figures = task.evaluate(self.evaluated)
+        # What the leader found decides for all, to the last bit.
+        figures, at.last_evaluation = self.world.gather((figures, time.perf_counter() - begin))[0]
         value = figures[task.metric]
         best = at.figures.get(task.metric, math.inf if task.minimise else -math.inf)
         is_best = not at.figures or (value < best if task.minimise else value > best)
@@ -324,7 +324,6 @@ class Trainer:
         if self.plateau is not None:
             self.plateau.step(value)
         at.done = at.done or 0 < self.config.patience <= at.worse
-        at.last_evaluation = time.perf_counter() - begin
         at.seconds = self._elapsed()
         at.evaluating += at.last_evaluation
         at.loss_seconds += at.last_evaluation
