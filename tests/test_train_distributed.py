@@ -116,3 +116,22 @@ def test_shards_of_two_processes_go_on_in_one(tmp_path):
     same_result(tmp_path / "copies", out)
     best = checkpoint.load(out / "best.pt")
     assert all(not name.startswith("_") for name in best["model"])
+
+
+@pytest.mark.slow
+def test_a_recipe_under_torchrun_makes_the_steps_of_one_process(tmp_path):
+    options = ["hidden_size=32", "embed_dim=32", "word_dropout=0", "dropout=0", "epochs=1", "log_every=1"]
+    command = ["-m", "seqkern", "train", "questions", "--device=cpu", *options]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for launcher, out in (([], tmp_path / "one"), (torchrun, tmp_path / "two")):
+        done = subprocess.run(
+            [sys.executable, *launcher, *command, f"--out={out}"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('{"recipe": "questions"') == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert len(losses(tmp_path / "one")) == 29

@@ -178,7 +178,7 @@ def test_accumulated_gradient_is_that_of_the_big_batch():
         config = Training(batch=batch, accumulate=accumulate, clip=math.inf, optimizer="sgd", lr=1e-3)
         task = Tagging(config, dropout=0.0, dtype=torch.float64)
         trainer = Trainer(task, config)
-        trainer._clock = 0.0
+        trainer._started = trainer._seconds_before = 0.0
         group, last = next(trainer._groups())
         assert len(group) == accumulate and not last
         trainer._update(group)
@@ -214,7 +214,7 @@ def test_label_of_the_clip_is_the_largest_norm():
     task = Tagging(config, dropout=0.0)
     before = nn.utils.parameters_to_vector(task.model.parameters()).detach().clone()
     trainer = Trainer(task, config)
-    trainer._clock = 0.0
+    trainer._started = trainer._seconds_before = 0.0
     trainer._update(next(trainer._groups())[0])
     moved = nn.utils.parameters_to_vector(task.model.parameters()).detach() - before
     assert moved.norm() == pytest.approx(1e-3, rel=1e-2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class CharVocabulary:
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         return "".join(self._to_text[int(i)] for i in ids)
+
+    def to_dict(self) -> dict[str, str]:
+        """A string only: for a checkpoint that torch.load(weights_only=True) reads."""
+        return {"characters": self.characters}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, str]) -> CharVocabulary:
+        """What `to_dict` gave."""
+        return cls(state["characters"])
 
 
 def _code_points(text: str) -> Tensor:

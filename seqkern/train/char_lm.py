@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seqkern.models import RNNLanguageModel
-from seqkern.train.tbptt import map_state
+from seqkern.train.metrics import bits
+from seqkern.train.tbptt import nats_per_token
 
 
 class CharLM(RNNLanguageModel):
@@ -38,7 +36,6 @@ class CharLM(RNNLanguageModel):
         )
 
 
-@torch.no_grad()
 def bits_per_character(
     model: nn.Module,
     streams: Sequence[Tensor],
@@ -47,41 +44,8 @@ def bits_per_character(
     T: int = 64,
     max_characters: int | None = None,
 ) -> float:
-    """Mean of −log2 p(next id) over `streams`, each read from zero state with the state carried to its end.
-
-    Args:     streams: int64 [n] each, n ≥ 2;  max_characters: read no further than this in each stream
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    limit = None if max_characters is None else max_characters + 1
-    # Longest first: the rows of a batch that still have characters left are then its first ones.
-    streams = sorted((stream[:limit] for stream in streams if len(stream) > 1), key=len, reverse=True)
-    nats, count = 0.0, 0
-    for first in range(0, len(streams), B):
-        rows = streams[first : first + B]
-        ids = nn.utils.rnn.pad_sequence(list(rows), padding_value=-1).to(device)  # [n, B]
-        inputs, targets = ids[:-1].clamp(min=0), ids[1:]
-        state = None
-        for start in range(0, len(inputs), T):
-            active = sum(len(row) - 1 > start for row in rows)
-            if state is not None:
-                state = map_state(partial(_first_rows, active), state)
-            logits, state = model(inputs[start : start + T, :active], state)
-            wanted = targets[start : start + T, :active]
-            nats += F.cross_entropy(
-                logits.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
-            ).item()
-            count += int((wanted >= 0).sum())
-    model.train(was_training)
-    if not count:
-        raise ValueError("streams: no stream with at least two ids")
-    return nats / count / math.log(2)
-
-
-def _first_rows(n: int, state: Tensor) -> Tensor:
-    """state: [num_layers, B, H]"""
-    return state[:, :n].contiguous()
+    """`nats_per_token` in bits: mean of −log2 p(next id), `max_characters` of each stream at most."""
+    return bits(nats_per_token(model, streams, B=B, T=T, max_tokens=max_characters))
 
 
 def sample(

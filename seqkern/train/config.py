@@ -17,6 +17,14 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def changed(key: str, default: Any) -> Any:
+    """The field `key` of Training with another default."""
+    return option(default, Training.__dataclass_fields__[key].metadata["help"])
+
+
+Schedule = Literal["constant", "plateau", "cosine", "inverse-sqrt"]
+
+
 @dataclass(frozen=True)
 class Training:
     """How any recipe is trained. A recipe's own config adds its model's and data's options to these."""
@@ -36,7 +44,7 @@ class Training:
     momentum: float = option(0.0, "sgd's momentum")
     weight_decay: float = option(0.0, "of weight matrices; biases, norms and vectors have none")
     clip: float = option(1.0, "largest norm of the gradient (inf: not clipped)")
-    schedule: Literal["constant", "plateau", "cosine", "inverse-sqrt"] = option(
+    schedule: Schedule = option(
         "constant", "of the learning rate, after the warm-up: constant, plateau, cosine or inverse-sqrt"
     )
     warmup: int = option(0, "updates over which the learning rate grows linearly")

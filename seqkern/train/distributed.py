@@ -140,19 +140,17 @@ def synchronised(module: nn.Module, on: bool) -> Iterator[None]:
 
 # ---- FSDP2 --------------------------------------------------------------------------------------------
 
-_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
 
 def shard(module: nn.Module, world: World) -> None:
-    """Shards the parameters over the processes, in place: each Transformer layer apart, then the rest.
+    """Shards the parameters over the processes, in place: each layer of a stack apart, then the rest.
 
-    Raises:   ValueError: no Transformer layer, or not under torchrun
+    Raises:   ValueError: no stack of layers (a ModuleList, as Transformers have), or not under torchrun
     """
     if not dist.is_initialized():
         raise ValueError("fsdp: expected to run under torchrun")
-    layers = [part for part in module.modules() if isinstance(part, _LAYERS)]
+    layers = [part for stack in module.modules() if isinstance(stack, nn.ModuleList) for part in stack]
     if not layers:
-        raise ValueError("fsdp: expected a model with Transformer layers, found none")
+        raise ValueError("fsdp: expected a model with a stack of layers, such as a Transformer")
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     for part in [*layers, module]:
         fully_shard(part, mesh=mesh)

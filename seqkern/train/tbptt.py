@@ -7,7 +7,8 @@ network trajectories"; the windows follow each other without overlap, as is usua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,3 +106,52 @@ class TruncatedBPTT:
                 self.reset()
             inputs, targets = windows[i % len(windows)]
             yield self.step(inputs.to(device), targets.to(device))
+
+
+@torch.no_grad()
+def nats_per_token(
+    model: nn.Module,
+    streams: Sequence[Tensor],
+    *,
+    B: int = 32,
+    T: int = 64,
+    max_tokens: int | None = None,
+) -> float:
+    """Mean of −ln p(next id) over `streams`, each read from zero state with the state carried to its end.
+
+    Args:     model: as TruncatedBPTT takes a language model, logits [T, B, V] of ids [T, B]
+              streams: int64 [n] each, n ≥ 2;  max_tokens: read no further than this in each stream
+              B, T: streams side by side, and steps in a call of the model
+    Raises:   ValueError: no stream with at least two ids
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    limit = None if max_tokens is None else max_tokens + 1
+    # Longest first: the rows of a batch that still have tokens left are then its first ones.
+    streams = sorted((stream[:limit] for stream in streams if len(stream) > 1), key=len, reverse=True)
+    nats, count = 0.0, 0
+    for first in range(0, len(streams), B):
+        rows = streams[first : first + B]
+        ids = nn.utils.rnn.pad_sequence(list(rows), padding_value=-1).to(device)  # [n, B]
+        inputs, targets = ids[:-1].clamp(min=0), ids[1:]
+        state = None
+        for start in range(0, len(inputs), T):
+            active = sum(len(row) - 1 > start for row in rows)
+            if state is not None:
+                state = map_state(partial(_first_rows, active), state)
+            logits, state = model(inputs[start : start + T, :active], state)
+            wanted = targets[start : start + T, :active]
+            nats += F.cross_entropy(
+                logits.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
+            ).item()
+            count += int((wanted >= 0).sum())
+    model.train(was_training)
+    if not count:
+        raise ValueError("streams: no stream with at least two ids")
+    return nats / count
+
+
+def _first_rows(n: int, state: Tensor) -> Tensor:
+    """state: [num_layers, B, H]"""
+    return state[:, :n].contiguous()

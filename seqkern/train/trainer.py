@@ -44,12 +44,14 @@ class Task:
     model:     called by `loss` and `evaluate` only
     metric:    the name of the figure, among those of `evaluate`, that chooses the best model
     minimise:  whether less of it is better
+    epoch:     the one that is trained, from 0: set by the Trainer
     """
 
     model: nn.Module
     batches: Batches
     metric: str
     minimise: bool = False
+    epoch: int = 0
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch, summed over its targets."""
@@ -167,9 +169,8 @@ class Trainer:
                 patience=config.plateau_patience,
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self._losses: list[
-            Tensor
-        ] = []  # of batches since the last line of the log: on the device, not waited for
+        # Of the batches since the last line of the log: on the device, so that nothing waits for them.
+        self._losses: list[Tensor] = []
         self._best: dict[str, Tensor] = {}
         # From here on, each process draws its own numbers; the parameters were drawn before, the same in all.
         torch.manual_seed(config.seed + self.world.rank)
@@ -186,16 +187,16 @@ class Trainer:
             self.load()
         config, at = self.config, self.at
         self.log.write("resume" if resume else "start", step=at.step, config=dataclasses.asdict(config))
-        self._clock = time.perf_counter()
+        self._started, self._seconds_before = time.perf_counter(), at.seconds
         self._note = ""
         at.done = at.epoch >= config.epochs
         while not at.done:
+            self.task.epoch = at.epoch
             if at.batch == 0:
                 self.task.start_epoch()
             label = f"{self.label} {at.epoch + 1}/{config.epochs}"
-            with Progress(
-                label, len(self.task.batches), stream=None if self.world.leads else io.StringIO()
-            ) as bar:
+            stream = None if self.world.leads else io.StringIO()
+            with Progress(label, len(self.task.batches), stream=stream) as bar:
                 for group, is_last in self._groups():
                     self._update(group)
                     self._report(bar)
@@ -258,10 +259,8 @@ class Trainer:
         self._losses += losses
 
     def _elapsed(self) -> float:
-        """Seconds spent on this run so far."""
-        now = time.perf_counter()
-        seconds, self._clock = self.at.seconds + now - self._clock, now
-        return seconds
+        """Seconds spent on this run so far, those before it was resumed included."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _total_steps(self) -> int:
         return self.config.epochs * math.ceil(len(self.task.batches) / self.config.accumulate)
@@ -283,13 +282,12 @@ class Trainer:
             self._collect()
             (loss,) = self.world.sum(at.loss)
             mean = loss / max(at.loss_targets, 1)
-            rate = at.loss_targets / max(at.seconds - at.loss_seconds, 1e-9)
+            now = self._elapsed()
+            rate = at.loss_targets / max(now - at.loss_seconds, 1e-9)
             lr = self.optimizer.param_groups[0]["lr"]
-            at.loss, at.loss_targets, at.loss_seconds = 0.0, 0.0, at.seconds
+            at.loss, at.loss_targets, at.loss_seconds = 0.0, 0.0, now
             self._note = f"loss {mean:.4g}, {rate:,.0f} targets/s"
-            self.log.write(
-                "step", step=at.step, epoch=at.epoch, loss=mean, lr=lr, rate=rate, seconds=at.seconds
-            )
+            self.log.write("step", step=at.step, epoch=at.epoch, loss=mean, lr=lr, rate=rate, seconds=now)
             if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"loss: {mean} before update {at.step}; a smaller lr ({lr:g}) or clip may help"
@@ -312,7 +310,9 @@ class Trainer:
             self.evaluated.load_state_dict(distributed.full_state(self.model))
         self.evaluated.eval()
         with torch.no_grad():
-            figures = self.world.gather(task.evaluate(self.evaluated))[0]
+            figures = task.evaluate(self.evaluated)
+        # What the leader found decides for all, to the last bit.
+        figures, at.last_evaluation = self.world.gather((figures, time.perf_counter() - begin))[0]
         value = figures[task.metric]
         best = at.figures.get(task.metric, math.inf if task.minimise else -math.inf)
         is_best = not at.figures or (value < best if task.minimise else value > best)
@@ -324,7 +324,7 @@ class Trainer:
         if self.plateau is not None:
             self.plateau.step(value)
         at.done = at.done or 0 < self.config.patience <= at.worse
-        at.last_evaluation = time.perf_counter() - begin
+        at.seconds = self._elapsed()
         at.evaluating += at.last_evaluation
         at.loss_seconds += at.last_evaluation
         self.log.write(

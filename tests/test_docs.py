@@ -1,0 +1,193 @@
+"""The pages against the code: names, recipes, defaults and commands exist as told, and the Python runs."""
+
+import inspect
+import io
+import re
+import shlex
+from contextlib import redirect_stdout
+from functools import cache, reduce
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import seqkern
+from seqkern import models
+from seqkern.__main__ import COMMANDS
+from seqkern.__main__ import main as seqkern_main
+from seqkern.text import Vocabulary
+from seqkern.train import checkpoint
+from seqkern.train.config import with_options
+from seqkern.train.recipes import RECIPES, Recipe, restore
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODELS = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def table(first: str) -> list[list[str]]:
+    """The cells of the rows below the head that begins with `first`."""
+    (found,) = re.findall(rf"^\| {first}.*\n\|[-|]+\n((?:\|.*\n)+)", MODELS, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()]
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+TUTORIALS = table(r"\| name there")
+OTHERS = table("here")
+DEFAULTS = table("recipe")
+
+
+def resolve(name: str) -> object:
+    """`seqkern.nn.GRU`, or a name of seqkern.models."""
+    parts = name.removeprefix("seqkern.").split(".") if name.startswith("seqkern.") else ["models", name]
+    return reduce(getattr, parts, seqkern)
+
+
+def made(command: str) -> Recipe:
+    """The recipe of "tagger task=pos"."""
+    name, *options = command.split()
+    return RECIPES[name].make(with_options(RECIPES[name].config(), options))
+
+
+@cache
+def parts_of(command: str) -> set[str]:
+    """The classes' names of all modules of a recipe's model, with vocabularies that need no data."""
+    recipe = made(command)
+    tokens = Vocabulary(["a", "b"], specials=("<unk>", "<pad>"))
+    tags = Vocabulary(["B-X", "I-X", "O"], specials=(), default=None)
+    recipe.vocabularies = {"tokens": tokens, "labels": tags, "tags": tags, "characters": tokens}
+    recipe.make()
+    return {type(module).__name__ for module in recipe.model.modules()}
+
+
+def test_every_name_exists() -> None:
+    names = [name for _, _, here, *_ in TUTORIALS for name in quoted(here)]
+    assert len(names) == len(TUTORIALS)
+    names += [name for here, *_ in OTHERS for name in quoted(here)]
+    names += re.findall(r"`(seqkern\.nn\.\w+)`", MODELS)
+    for name in names:
+        assert callable(resolve(name)), name
+        assert name.startswith("seqkern.nn.") or name in models.__all__, name
+    for name in [*re.findall(r"seqkern\.text\.(\w+)", MODELS), "clean_text", "pad_sequences"]:
+        assert hasattr(seqkern.text, name), name
+    assert f"{restore.__module__}.restore({checkpoint.load.__module__}.load(path))" in MODELS
+
+
+def test_every_model_is_in_one_table() -> None:
+    tutorials = {name for _, _, here, *_ in TUTORIALS for name in quoted(here)}
+    others = [name for here, *_ in OTHERS for name in quoted(here)]
+    assert not tutorials & set(others)
+    assert len(others) == len(set(others))
+    assert {name for name in tutorials if "." not in name} | set(others) == set(models.__all__)
+
+
+def test_every_letter_is_introduced() -> None:
+    letters = {letter for row in TUTORIALS for letter in row[0].split(", ")}
+    assert letters == set(re.findall(r"^- \*\*(\w)\*\*", MODELS, re.MULTILINE))
+
+
+# (names here, command) of each row and recipe
+TRAINED = [
+    (quoted(row[-3]), command)
+    for row in [*(row[2:] for row in TUTORIALS), *OTHERS]
+    for command in quoted(row[-1])
+]
+
+
+@pytest.mark.parametrize(("names", "command"), TRAINED, ids=lambda value: str(value).strip("[]"))
+def test_recipes_train_what_the_tables_say(names: list[str], command: str) -> None:
+    assert parts_of(command) & set(names), sorted(parts_of(command))
+
+
+def test_models_without_a_recipe_have_none() -> None:
+    built = set.union(*(parts_of(command) for _, command in TRAINED)) & set(models.__all__)
+    said = {name for names, _ in TRAINED for name in names}
+    assert built == said - {"CharacterOptions"}  # no module
+
+
+def test_every_recipe_is_described() -> None:
+    headings = re.findall(r"^### (.+)$", MODELS, re.MULTILINE)
+    assert headings == list(RECIPES)
+    assert {quoted(row[0])[0].split()[0] for row in DEFAULTS} == set(RECIPES)
+    assert {command.split()[0] for _, command in TRAINED} == set(RECIPES)
+
+
+@pytest.mark.parametrize("row", DEFAULTS, ids=lambda row: row[0].strip("`"))
+def test_defaults_are_as_told(row: list[str]) -> None:
+    command, model, training, metric = row
+    recipe = made(*quoted(command))
+    told = [option for option in quoted(model) + quoted(training) if "=" in option]
+    assert told
+    assert with_options(recipe.config, [*told, "optimizer=adam"]) == recipe.config
+    assert quoted(metric) == [recipe.metric]
+
+
+def test_defaults_in_the_text_are_as_told() -> None:
+    sections = re.split(r"^### (.+)$", MODELS.split("\n## Runs")[0], flags=re.MULTILINE)[1:]
+    choices = {"model", "task"}
+    for name, text in zip(sections[::2], sections[1::2], strict=True):
+        config = RECIPES[name].config()
+        for option in re.findall(r"`(\w+=[^` ]+)`", text):
+            changed = with_options(config, [option])
+            if option.split("=")[0] not in choices:
+                assert changed == config, f"{name}: {option}"
+    orthogonal = {name for name, entry in RECIPES.items() if entry.config().orthogonal}
+    assert orthogonal == {"sentiment", "names", "questions", "tagger"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for path in PAGES
+        for block in blocks(path.read_text(encoding="utf-8"), "sh")
+        for line in block.splitlines()
+        if "-m seqkern" in line
+    ],
+)
+def test_commands_take_their_arguments(line: str) -> None:
+    words = shlex.split(line.split("|")[-1], comments=True)
+    command, *arguments = words[words.index("seqkern") + 1 :]
+    assert command in COMMANDS
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        seqkern_main([command, *arguments[: command == "train"], "--help"])
+    assert ended.value.code == 0
+    for flag in (argument for argument in arguments if argument.startswith("--")):
+        assert re.search(rf"{flag}\b", out.getvalue()), flag
+    if command == "train":
+        recipe, *options = arguments
+        with_options(RECIPES[recipe].config(), [option for option in options if "=" in option])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_python_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks, one after the other, as a reader would run them."""
+    monkeypatch.chdir(tmp_path)
+    page = path.read_text(encoding="utf-8")
+    namespace = {"__name__": path.stem}
+    for block in blocks(page, "python"):
+        line = page[: page.index(block)].count("\n")
+        exec(compile("\n" * line + block, str(path), "exec"), namespace)
+
+
+def test_all_but_these_take_layers() -> None:
+    """Models put together from parts, and those without recurrent or attention layers."""
+    without = {
+        name
+        for name in models.__all__
+        if isinstance(kind := getattr(models, name), type)
+        and issubclass(kind, nn.Module)
+        and "layers" not in inspect.signature(kind).parameters
+    }
+    composed = {"AttnSeq2Seq", "LSTMSeq2Seq", "ContextualEmbedding", "DecodingModule", "TranslationModel"}
+    plain = {"CNN", "DropoutPositionalEncoding", "Embeddings", "PositionalEncoding", "ScalarMix"}
+    assert without == composed | plain
