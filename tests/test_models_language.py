@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from compare import agree, check_modules
-from seqkern.train.corpus import Windows
 from torch import Tensor, nn
 
 import seqkern
@@ -23,6 +22,7 @@ from seqkern.models import (
     word_language_model,
 )
 from seqkern.models.language_models import LockedDropout
+from seqkern.text import Windows
 from seqkern.train.tbptt import TruncatedBPTT
 
 V, E, H, B, T = 20, 6, 8, 3, 7

@@ -245,6 +245,26 @@ def test_evaluate_sentiment_on_every_layout(trained, tmp_path, capsys):
         assert figures["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
 
 
+def test_evaluate_where_validation_is_a_part_of_the_training_data(trained, tmp_path, capsys):
+    """IMDB's folder has no validation split, a file of pairs none at all."""
+    for i, review in enumerate(toy.sentiment(30, seed=5)):
+        place = tmp_path / "aclImdb" / "train" / ("pos" if review.label == "1" else "neg")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}_8.txt").write_text(review.text)
+    arguments = ("--data", tmp_path / "aclImdb", "--split", "valid")
+    found = json.loads(output(capsys, "evaluate", trained("lstm"), *arguments))
+    assert found["split"] == "valid" and found["accuracy"] * 6 == pytest.approx(round(found["accuracy"] * 6))
+
+    (tmp_path / "pairs").mkdir()
+    lines = [f"{pair.source}\t{pair.target}\n" for pair in toy.translations()[:150]]
+    (tmp_path / "pairs" / "pairs.tsv").write_text("".join(lines))
+    folder = trained("translate-gru")
+    assert json.loads(output(capsys, "evaluate", folder, "--data", tmp_path / "pairs"))["split"] == "valid"
+    with pytest.raises(SystemExit):
+        output(capsys, "evaluate", folder, "--data", tmp_path / "pairs", "--split", "test")
+    assert "no test" in capsys.readouterr().err
+
+
 def test_predict_reads_arguments_or_lines(trained, capsys, monkeypatch):
     folder = trained("questions")
     asked = ["Where is the castle of Rome ?", "How old is Lima ?", ""]

@@ -56,7 +56,7 @@ class RNNLanguageModel(nn.Module):
                 tie_weights: fc's weight is the embedding's, initialised uniformly in ±0.1 (Press and Wolf
                 2017); embed_dim must be hidden_size
                 logits: return unnormalised scores, for CrossEntropyLoss
-                batch_first: tokens [B, T]; else [T, B], as seqkern.train.corpus.Windows gives them
+                batch_first: tokens [B, T]; else [T, B], as seqkern.text.Windows gives them
                 regularisers: of the recurrence, such as variational_dropout and weight_dropout
                 (seqkern.nn.Regularised); torch.nn's layers have none
     Call:       scores, state = model(tokens, state)

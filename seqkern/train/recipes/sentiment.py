@@ -71,6 +71,8 @@ class Sentiment(Classification):
         return rows, valid
 
     def read_split(self, path: Path, split: str) -> list[tuple[list[int], int]]:
+        if _is_imdb_folder(path) and split == "valid":
+            return self.encode(self.records(path)[1])
         if path.is_file() or _is_imdb_folder(path):
             return self.encode(self._read(path, split))
         file = find(path, split)

@@ -21,7 +21,7 @@ from seqkern.models import (
     TranslationTransformer,
     scheduled_sampling,
 )
-from seqkern.text import BytePairEncoding, Pair, collate_pairs, read_pairs, read_parallel, toy
+from seqkern.text import BytePairEncoding, CorpusError, Pair, collate_pairs, read_pairs, read_parallel, toy
 from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, Training, changed, option
 from seqkern.train.metrics import bleu
@@ -98,6 +98,10 @@ class Translate(Recipe):
 
     def read_split(self, path: Path, split: str) -> list[Pair]:
         if (file := _pairs_file(path)) is not None:
+            if split == "test" and path.is_dir():
+                raise CorpusError(
+                    f"corpus: {path} has one file of pairs: validation pairs among them, no test"
+                )
             pairs = list(read_pairs(file))
             return pairs if path.is_file() else pairs[::100]
         return self._read(path, split)
