@@ -1,7 +1,7 @@
 """What the tests of the recurrent variants share: one frozen `Case` per request, run by name."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,12 +257,17 @@ def evaluate_case(
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def check_parity(case: Case, backend: str) -> None:
+def check_parity(
+    case: Case, backend: str, lay: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
+) -> None:
     """Every output and gradient of the backend obeys compare's rule, a user's eager loop in the same dtype in
-    torch.nn's place, against the eager formula in float64."""
+    torch.nn's place, against the eager formula in float64.
+
+    lay: gives the backend the same numbers, laid out otherwise
+    """
     tensors = case.tensors()
     with poisoned():
-        got = evaluate_case(case, tensors, backend)
+        got = evaluate_case(case, lay(tensors), backend)
     oracle = evaluate_case(case, {name: t.double() for name, t in tensors.items()}, "eager")
 
     def draw(nudged: Nudge, working: torch.dtype, seed: int) -> tuple[Results, Results]:
