@@ -2,13 +2,14 @@
 the eager formula in float64 by compare.py's rule, as test_variants.py has the CPU's. See tests/cuda_on_cpu.
 """
 
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import pairwise
 from compare import Results, agree, poisoned, same_bits
-from cuda_on_cpu import counters, emulated, why_not
+from cuda_on_cpu import Facts, counters, emulated, why_not
 from recurrent_cases import CELL_NAMES, PLAIN, Case, check_parity, evaluate_case
 from test_variants import regularised
 from torch import Tensor
@@ -21,6 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The cells whose sequence one launch can run, and the H, of a head, that a tier can cut.
 PERSISTENT = tuple(name for name in CELL_NAMES if not name.startswith("indrnn"))
 HIDDEN = {"block": (15, 20), "cluster": (20, 40), "grid": (20, 33)}
+NORMALISED = tuple(name for name in CELL_NAMES if CELLS[name].normalises)
 each_cell = pytest.mark.parametrize("cell", CELL_NAMES)
 
 
@@ -169,6 +171,89 @@ def test_no_rows(cell: str) -> None:
         results = evaluate_case(case, case.tensors(), "cpu")
     assert results["y"].shape == (case.T, 0, 2 * case.H)
     assert all((results[f"d {name}"] == 0).all() for name in case.parameter_shapes())
+
+
+# ---- rows whose sums the blocks of a launch exchange within each step --------------------------------------
+
+
+@pytest.mark.parametrize(("tier", "H"), [("block", 20), ("cluster", 40), ("grid", 40)])
+@pytest.mark.parametrize("cell", NORMALISED)
+def test_sums_of_rows_in_any_order(cell: str, tier: str, H: int) -> None:
+    """A group that takes several jobs in turns, one of them without steps, gives the same bits whatever the
+    order of threads, and whatever x and the gradients of y hold past the lengths."""
+    case = everything(cell, T=3, B=36, H=H, form="lengths")
+    tensors = case.tensors()
+    lengths = torch.tensor([0] * 32 + [3, 0, 1, 2])  # a job has 32 rows at most
+    beyond = (torch.arange(case.T).unsqueeze(1) >= lengths).unsqueeze(-1)
+
+    def run(seed: int, filler: float) -> Results:
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        leaves["x"] = tensors["x"].masked_fill(beyond, filler).requires_grad_()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            emulated(tier, seed=seed, facts=Facts(sms=3, shared_bytes=24 << 10, max_cluster=3)),
+            poisoned(),
+        ):
+            patch.setattr(Case, "lengths", lambda _: lengths)
+            y, *finals = case.call(leaves)
+            cotangents = case.cotangents((y, *finals), case.dtype)
+            cotangents[0].masked_fill_(beyond, filler)
+            grads = torch.autograd.grad((y, *finals), list(leaves.values()), cotangents)
+        for padded in (y.detach(), grads[0]):  # x comes first
+            assert (padded.masked_select(beyond) == 0).all()
+        return {str(k): t.detach() for k, t in enumerate((y, *finals, *grads))}
+
+    expected = run(0, 0.0)
+    assert all(t.isfinite().all() for t in expected.values())
+    same_bits(run(1, torch.nan), expected, f"{case} seed 1, NaN")
+    same_bits(run(2, torch.inf), expected, f"{case} seed 2, inf")
+
+
+def random_cut(cell: str, seed: int) -> tuple[str, Case, Facts]:
+    """A case on a device of an odd size, which decides how the kernels cut it."""
+    rng = random.Random(f"{cell} {seed}")
+    case = Case(
+        cell,
+        T=rng.choice((1, 2, 5)),
+        B=rng.choice((1, 7, 9, 20)),
+        I=9,
+        H=rng.choice((16, 33, 64, 100, 129)),
+        bidirectional=rng.random() < 0.5,
+        form=rng.choice(("padded", "lengths", "packed")),
+        options=rng.choice(((), *regularised(cell))),
+        dtype=rng.choice((torch.float32, torch.bfloat16, torch.float16)),
+        seed=seed,
+    )
+    facts = Facts(
+        sms=rng.choice((2, 3, 5, 9, 132)),
+        shared_bytes=rng.choice((24, 48, 99, 227)) << 10,
+        max_cluster=rng.choice((2, 3, 5, 8, 16)),
+    )
+    return rng.choice(tuple(HIDDEN)), case, facts
+
+
+def check_cuts(cell: str, seeds: range) -> None:
+    """Those of them that the tier can run."""
+    for tier, case, facts in (random_cut(cell, seed) for seed in seeds):
+        with emulated(tier, seed=case.seed, facts=facts):
+            try:
+                check_parity(case, "cpu")
+            except ValueError as error:
+                assert "was asked for: " in str(error), error  # the planner's: no such cut fits
+
+
+@pytest.mark.parametrize("cell", NORMALISED)
+def test_any_cut(cell: str) -> None:
+    check_cuts(cell, range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", PERSISTENT)
+def test_any_cut_at_length(cell: str) -> None:
+    check_cuts(cell, range(3, 100))
+
+
+# ---- launches ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

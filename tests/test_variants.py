@@ -135,16 +135,17 @@ def test_one_thread_and_two(cell: str, threads: None) -> None:
     """Each number of threads gives its bits again at every call, and the other's numbers."""
     if why := why_no_cpu_backend():
         pytest.skip(why)
-    case = Case(cell, T=9, B=33, I=17, H=33, bidirectional=True, dtype=torch.float32)
-    runs: dict[int, Results] = {}
-    for n in (1, 2, 1, 2, 3):
-        torch.set_num_threads(n)
-        results = evaluate_case(case, case.tensors(), "cpu")
-        if n in runs:
-            same_bits(results, runs[n], f"{case} on {n} threads, again")
-        runs[n] = results
-    agree(runs[2], runs[1], TOLERANCE[case.dtype], f"{case} on 2 threads against 1")
-    agree(runs[3], runs[1], TOLERANCE[case.dtype], f"{case} on 3 threads against 1")
+    sizes = dict(I=17, H=65, bidirectional=True, dtype=torch.float32)
+    for case in (Case(cell, T=9, B=33, **sizes | dict(H=33)), Case(cell, T=1, B=9, form="lengths", **sizes)):
+        runs: dict[int, Results] = {}
+        for n in (1, 2, 1, 2, 3):
+            torch.set_num_threads(n)
+            results = evaluate_case(case, case.tensors(), "cpu")
+            if n in runs:
+                same_bits(results, runs[n], f"{case} on {n} threads, again")
+            runs[n] = results
+        agree(runs[2], runs[1], TOLERANCE[case.dtype], f"{case} on 2 threads against 1")
+        agree(runs[3], runs[1], TOLERANCE[case.dtype], f"{case} on 3 threads against 1")
 
 
 @pytest.mark.parametrize("instruction_set", instruction_sets(), indirect=True)
@@ -160,6 +161,23 @@ def test_every_instruction_set(cell: str, instruction_set: str) -> None:
         sizes = dict(T=5, B=B, I=17, H=33)
         case = Case(cell, **sizes, bidirectional=True, form="lengths", options=options, dtype=dtype)
         check_parity(case, "cpu")
+
+
+@pytest.mark.parametrize("instruction_set", instruction_sets(), indirect=True)
+@each_cell
+def test_single_steps(cell: str, instruction_set: str) -> None:
+    """One step of a few rows, which multiplies by the weights as they lie in memory; some rows' length
+    is 0. Every dtype, with one instruction set: test_parity."""
+    if why := why_no_cpu_backend():
+        pytest.skip(why)
+    # A variational mask scales h before the product: such a step is a sequence's.
+    every = tuple(option for option in regularised(cell)[-1] if option[0] != "variational_dropout")
+    for dtype, B, H, options in (
+        (torch.float32, 5, 33, every),
+        (torch.bfloat16, 1, 20, regularised(cell)[0]),
+    ):
+        sizes = dict(T=1, B=B, I=17, H=H, dtype=dtype)
+        check_parity(Case(cell, **sizes, bidirectional=True, form="lengths", options=options), "cpu")
 
 
 @each_cell
