@@ -64,7 +64,8 @@ SANITIZE := build/sanitize
 SANITIZED_TESTS := tests/test_rnn.py tests/test_lstm.py tests/test_gru.py tests/test_cells.py tests/test_lengths.py \
 	tests/test_packed.py tests/test_inputs.py tests/test_kernels.py tests/test_threads.py tests/test_attention.py \
 	tests/test_multi_head_attention.py tests/test_additive_attention.py \
-	tests/test_attention_decoder.py tests/test_crf.py tests/test_variants.py tests/test_cuda.py tests/test_cuda_on_cpu.py
+	tests/test_attention_decoder.py tests/test_crf.py tests/test_variants.py tests/test_cuda.py tests/test_cuda_on_cpu.py \
+	tests/test_cuda_variants.py
 
 sanitize: $(BUILT)
 	rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree

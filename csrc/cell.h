@@ -557,8 +557,7 @@ struct NestedGruCell {
   }
 };
 
-// ---- cells whose products are normalised over rows
-// -----------------------------------------------
+// ---- cells whose products are normalised over rows ----------------------------------------------
 //
 // pre is what normalisation, gain and bias have left of W_ih x + W_hh h; a row of the LSTM's c is
 // normalised, too, before it is h = o tanh(normalised c).

@@ -480,7 +480,8 @@ struct Forward : Layer<S> {
 
   // ---- a single step ----------------------------------------------------------------------------
 
-  // Whether this call is one step of a few rows: then nothing is packed.
+  // Whether this call is one step of a few rows: then nothing is packed. What a second product
+  // multiplies must then be stored as its weights lie in memory.
   bool is_step() const {
     return T == 1 && B <= kStepBatch && !projected && !q.regularisers.scale &&
            (cell.mid == 0 || std::is_same_v<A, S>);
@@ -504,12 +505,18 @@ struct Forward : Layer<S> {
       this->make_own(memory.own[d], q.weights[d]);
       if (cell.mid == 2) make_bias2(memory.bias2[d], q.weights[d]);
     }
-    // The rows that are alive, or the blocks, shared out between the threads.
+    // All directions' rows that are alive, or blocks, shared out between the threads.
     const int64_t n = seq.active[0];
     const auto each = [&](int64_t count, const auto& run) {
-      parallel(count < q.threads ? int(count) : q.threads, [&](int thread, int threads) {
-        for (int64_t d = 0; d < D; d++)
-          run(d, part_begin(count, thread, threads), part_begin(count, thread + 1, threads));
+      const int64_t all = D * count;
+      parallel(all < q.threads ? int(all) : q.threads, [&](int thread, int threads) {
+        const int64_t end = part_begin(all, thread + 1, threads);
+        for (int64_t i = part_begin(all, thread, threads); i < end;) {
+          const int64_t first = i % count, left = count - first;
+          const int64_t last = first + (end - i < left ? end - i : left);
+          run(i / count, first, last);
+          i += last - first;
+        }
       });
     };
     each(blocks, [&](int64_t d, int64_t begin, int64_t end) {

@@ -136,8 +136,7 @@ bool two_products_backward(const BackwardParams& params, const Persistent& persi
 bool layer_norm_forward(const ForwardParams& params, const Persistent& persistent, void* stream);
 bool layer_norm_backward(const BackwardParams& params, const Persistent& persistent, void* stream);
 
-// ---- step by step (stepwise.cu): launches per step, products between them; any cell and dtype
-// ----
+// ---- step by step (stepwise.cu): launches per step, products between them; any cell and dtype ---
 //
 // Every launch is for all directions. Rows that are past their length keep their states; in what is
 // multiplied they are zero.
@@ -185,8 +184,7 @@ void step_begin_backward(const BackwardParams& params, const BackwardStep& step,
 void step_gather(const BackwardParams& params, const BackwardStep& step, void* dh_all,
                  void* stream);
 
-// ---- cells whose rows are normalised (normalised.cu): what need not wait for the recurrence
-// ----
+// ---- cells whose rows are normalised (normalised.cu): what need not wait for the recurrence -----
 
 // Before any step, of either kind. Overwrites gx [D, N, G*H] at valid rows with gain_i norm(W_ih x)
 // and all that is added to it, and that part of the reserve.
@@ -195,8 +193,7 @@ void normalise_input(const ForwardParams& params, void* gx, void* stream);
 // pre-activations.
 void normalise_input_backward(const BackwardParams& params, void* stream);
 
-// ---- units that know only themselves (an IndRNN's): one launch runs every step
-// -------------------
+// ---- units that know only themselves (an IndRNN's): one launch runs every step ------------------
 
 void unitwise_forward(const ForwardParams& params, void* stream);
 void unitwise_backward(const BackwardParams& params, void* stream);

@@ -180,8 +180,7 @@ class Call : public LayerCall {
     return x_rows.masked_fill(t.unsqueeze(1).ge(places).reshape({N, 1}), 0);
   }
 
-  // ---- a cell's matrices within the recurrence: W_hh's first gates, then the second products'
-  // ----
+  // ---- a cell's matrices within the recurrence: W_hh's first gates, then the second products' ---
 
   int products() const { return unitwise() ? 0 : 1 + shape.mid; }
   int64_t gates_of(int i) const {

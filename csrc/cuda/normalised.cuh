@@ -113,10 +113,11 @@ __device__ __forceinline__ void sum_over_units(float& a, float& b) {
 
 // ---- the exchange of a row's sums ---------------------------------------------------------------
 
-// Two floats per row that each tile of units gives (mean and squares, or two sums), for every block
-// of the group; as a Vector is exchanged (exchange.cuh), and double buffered for the same reason:
-// a piece of epoch e + 1 is sent by a warp that has read what it wants of epoch e for that piece's
-// rows. In a buffer: [rows / 2][tiles] of 16 bytes, a piece for a granule.
+// Once a step, an LSTM's twice: two floats per row that each tile of units gives (mean and squares,
+// or two sums), for every block of the group; as a Vector is exchanged (exchange.cuh), and double
+// buffered for the same reason: a piece of epoch e + 1 is sent by a warp that has read what it
+// wants of epoch e for that piece's rows. In a buffer: [rows / 2][tiles] of 16 bytes, a piece for a
+// granule.
 template <bool kGrid>
 struct RowSums {
   const Cut& cut;

@@ -238,8 +238,7 @@ void with_dtype(Dtype dtype, Body body) {
   }
 }
 
-// ---- normalised rows (normalised.cu): as step_forward and step_backward
-// --------------------------
+// ---- normalised rows (normalised.cu): as step_forward and step_backward -------------------------
 
 void normalised_forward(const ForwardParams& params, const ForwardStep& step, void* stream);
 void normalised_backward(const BackwardParams& params, const BackwardStep& step, void* stream);
