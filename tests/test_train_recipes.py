@@ -170,7 +170,12 @@ REACHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"lstm", "lstm-attention", "gru-attention", "translate-lstm", "translate-transformer"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
+)
 def test_a_recipe_learns_and_its_checkpoint_knows_it(case, text, tmp_path, capsys):
     name, options = CASES[case]
     assert commands.train([name, *data_of(name, text), "--out", str(tmp_path), *options]) == 0
@@ -417,3 +422,16 @@ def test_recipes_read_real_data(name, folder, options, train, valid, data):
     recipe = RECIPES[name].make(with_options(RECIPES[name].config(), options))
     recipe.read(data / folder)
     assert (len(recipe.batches._examples), len(recipe.valid)) == (train, valid)
+
+
+def test_translate_reads_pairs_in_either_direction(tmp_path):
+    pairs = toy.translations(300)
+    (tmp_path / "fra.txt").write_text("".join(f"{p.source}\t{p.target}\tsource\n" for p in pairs), "utf-8")
+    (tmp_path / "_about.txt").write_text("about\n")
+    for options, valid in (([], pairs[::100]), (["swap=yes"], [p[::-1] for p in pairs[::100]])):
+        config = with_options(RECIPES["translate"].config(), ["units=400", *options])
+        recipe = RECIPES["translate"].make(config)
+        recipe.read(tmp_path)
+        assert recipe.valid == valid
+        assert recipe.read_split(tmp_path, "valid") == valid
+        assert len(recipe.read_split(tmp_path / "fra.txt", "test")) == 300
