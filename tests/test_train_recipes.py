@@ -23,6 +23,7 @@ from seqkern.train.recipes._recipe import find
 
 SMALL = ["hidden_size=32", "embed_dim=32"]
 QUICK = [*SMALL, "lr=0.005", "warmup=10", "log_every=10"]
+CLASSIFY = [*QUICK, "embed_std=1"]
 SHORT = ["units=400", "average=0.8", "max_len=20", "beam_width=2", "dropout=0"]
 
 # name → (recipe, options); small text files stand in for the standard library, which takes longer to read
@@ -38,13 +39,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["model=skip-gram", "embed_dim=16", "epochs=2", "window=2", "lr=0.02", "min_freq=1", "subsample=0"],
     ),
     "elmo": ("elmo", ["hidden_size=32", "proj_size=16", "filters=4", "epochs=2", "lr=0.01", "min_freq=1"]),
-    "lstm": ("sentiment", [*QUICK, "epochs=5", "embedding_dropout=0.1", "min_freq=1", "dropout=0.2"]),
-    "gru": ("sentiment", [*QUICK, "model=gru", "epochs=5", "embedding_dropout=0.1", "dropout=0.2"]),
-    "lstm-attention": ("sentiment", [*QUICK, "model=lstm-attention", "epochs=5", "embedding_dropout=0.1"]),
-    "gru-attention": ("sentiment", [*QUICK, "model=gru-attention", "epochs=6", "lr=0.01"]),
-    "transformer": ("sentiment", [*QUICK, "model=transformer", "epochs=6", "num_layers=1"]),
-    "questions": ("questions", [*QUICK, "epochs=2"]),
-    "names": ("names", [*QUICK, "epochs=20", "batch=16"]),
+    "lstm": ("sentiment", [*CLASSIFY, "epochs=5", "embedding_dropout=0.1", "min_freq=1", "dropout=0.2"]),
+    "gru": ("sentiment", [*CLASSIFY, "model=gru", "epochs=5", "embedding_dropout=0.1", "dropout=0.2"]),
+    "lstm-attention": ("sentiment", [*CLASSIFY, "model=lstm-attention", "epochs=5", "embedding_dropout=0.1"]),
+    "gru-attention": ("sentiment", [*CLASSIFY, "model=gru-attention", "epochs=6", "lr=0.01"]),
+    "transformer": ("sentiment", [*CLASSIFY, "model=transformer", "epochs=6", "num_layers=1"]),
+    "questions": ("questions", [*CLASSIFY, "epochs=2"]),
+    "names": ("names", [*CLASSIFY, "epochs=20", "batch=16"]),
     "names-generate": ("names", [*QUICK, "task=generate", "epochs=20", "batch=16", "lr=0.01"]),
     "ner": ("tagger", [*QUICK, "epochs=2", "char_size=16"]),
     "pos": ("tagger", [*QUICK, "task=pos", "epochs=2", "characters=lstm", "char_size=16", "dropout=0.2"]),
@@ -308,7 +309,7 @@ def test_attention_and_tsne_draw(trained, tmp_path, capsys):
 
 
 def test_compare_torch(tmp_path, capsys):
-    arguments = ["questions", "--out", str(tmp_path), *QUICK, "epochs=1", "word_dropout=0", "dropout=0"]
+    arguments = ["questions", "--out", str(tmp_path), *CLASSIFY, "epochs=1", "word_dropout=0", "dropout=0"]
     assert commands.train([*arguments, "--compare", "torch"]) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     ours, theirs = ([float(x.replace(",", "")) for x in line.split()[1:]] for line in (table[2], table[1]))
@@ -435,3 +436,11 @@ def test_translate_reads_pairs_in_either_direction(tmp_path):
         assert recipe.valid == valid
         assert recipe.read_split(tmp_path, "valid") == valid
         assert len(recipe.read_split(tmp_path / "fra.txt", "test")) == 300
+
+
+def test_token_vectors_begin_small(text):
+    recipe = made("questions", text)
+    recipe.config = with_options(recipe.config, ["embed_std=0.1", "embed_dim=200"])
+    recipe.make()
+    weight = recipe.model.embedding.weight
+    assert weight.std().item() == pytest.approx(0.1, rel=0.1) and weight[1].abs().max() == 0

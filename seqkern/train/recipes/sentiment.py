@@ -24,7 +24,7 @@ from seqkern.models import (
 )
 from seqkern.text import Labelled, basic_english, read_imdb, read_labelled_lines, read_tsv, toy
 from seqkern.train.config import Schedule, changed, option
-from seqkern.train.recipes._classification import Classification, ClassificationConfig
+from seqkern.train.recipes._classification import Classification, ClassificationConfig, scale_embedding
 from seqkern.train.recipes._recipe import PAD, device_of, find, found
 
 
@@ -99,6 +99,10 @@ class Sentiment(Classification):
         return weights, [self.vocabularies["labels"].token(int(logits.argmax()))], tokens
 
     def build(self, layers: ModuleType) -> nn.Module:
+        model = self._build(layers)
+        return model if self.config.model == "transformer" else scale_embedding(model, self.config.embed_std)
+
+    def _build(self, layers: ModuleType) -> nn.Module:
         c = self.config
         V, classes = len(self.vocabularies["tokens"]), len(self.vocabularies["labels"])
         if c.model == "transformer":
