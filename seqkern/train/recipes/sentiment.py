@@ -50,6 +50,9 @@ class SentimentConfig(ClassificationConfig):
     pooling: Literal["last", "mean", "max"] = option(
         "max", "what lstm and gru classify: the last states, or the mean or maximum of all outputs"
     )
+    tokens: Literal["basic-english", "spaces"] = option(
+        "basic-english", "basic-english, or spaces: lower case, what they part, as in SST-2's n't and 's"
+    )
     valid_rows: int = option(5000, "last training rows kept for validation, at most a fifth")
 
 
@@ -87,7 +90,7 @@ class Sentiment(Classification):
         return rows
 
     def tokenize(self, text: str) -> list[str]:
-        return basic_english(text)
+        return text.lower().split() if self.config.tokens == "spaces" else basic_english(text)
 
     def attention(self, model: nn.Module, text: str) -> tuple[Tensor, list[str], list[str]]:
         """What the class, in one row, is read from."""
