@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import seqkern.nn
-from seqkern.text import BucketSampler, BytePairEncoding, CharVocabulary, CorpusError, Vocabulary
+from seqkern.text import (
+    BucketSampler,
+    BytePairEncoding,
+    CharVocabulary,
+    CorpusError,
+    Vocabulary,
+    read_texts,
+    toy,
+)
+from seqkern.text import split as split_texts
 from seqkern.train.config import Training
 from seqkern.train.optim import orthogonal_
 from seqkern.train.trainer import Task
@@ -142,6 +151,31 @@ def found(file: Path | None, path: Path, split: str, ending: str = "") -> Path:
     if file is None:
         raise CorpusError(f"corpus: no file of the {split} split (a name such as {split}…{ending}) in {path}")
     return file
+
+
+def training_texts(path: Path | None, held_out: float) -> tuple[list[str], list[str]]:
+    """Training and validation texts: of a folder the files of these names, else a share is held out.
+
+    Without a path, English at hand: docstrings of the standard library.
+    """
+    if path is not None and path.is_dir():
+        files = find(path, "train"), find(path, "valid")
+        if all(files):
+            train, valid = (read_texts(file) for file in files)
+            return [text.text for text in train], [text.text for text in valid]
+    train, valid = split_texts(toy.prose() if path is None else read_texts(path), held_out)
+    return [text.text for text in train], [text.text for text in valid]
+
+
+def text_split(path: Path, split: str, held_out: float) -> list[str]:
+    """The texts of a split of a folder, or of a file.
+
+    Raises:   CorpusError: no such split
+    """
+    file = path if path.is_file() else find(path, split)
+    if file is None and split == "valid":
+        return training_texts(path, held_out)[1]
+    return [text.text for text in read_texts(found(file, path, split))]
 
 
 # ---- batches -------------------------------------------------------------------------------------------
