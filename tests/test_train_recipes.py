@@ -25,6 +25,7 @@ from seqkern.train.recipes._recipe import find
 SMALL = ["hidden_size=32", "embed_dim=32"]
 QUICK = [*SMALL, "lr=0.005", "warmup=10", "log_every=10"]
 CLASSIFY = [*QUICK, "embed_std=1"]
+SENTIMENT = [*CLASSIFY, "average=0", "weight_decay=0"]
 SHORT = ["units=400", "average=0.8", "max_len=20", "beam_width=2", "dropout=0"]
 
 # name → (recipe, options); small text files stand in for the standard library, which takes longer to read
@@ -40,11 +41,14 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["model=skip-gram", "embed_dim=16", "epochs=2", "window=2", "lr=0.02", "min_freq=1", "subsample=0"],
     ),
     "elmo": ("elmo", ["hidden_size=32", "proj_size=16", "filters=4", "epochs=2", "lr=0.01", "min_freq=1"]),
-    "lstm": ("sentiment", [*CLASSIFY, "epochs=5", "embedding_dropout=0.1", "min_freq=1", "dropout=0.2"]),
-    "gru": ("sentiment", [*CLASSIFY, "model=gru", "epochs=5", "embedding_dropout=0.1", "dropout=0.2"]),
-    "lstm-attention": ("sentiment", [*CLASSIFY, "model=lstm-attention", "epochs=5", "embedding_dropout=0.1"]),
-    "gru-attention": ("sentiment", [*CLASSIFY, "model=gru-attention", "epochs=6", "lr=0.01"]),
-    "transformer": ("sentiment", [*CLASSIFY, "model=transformer", "epochs=6", "num_layers=1"]),
+    "lstm": ("sentiment", [*SENTIMENT, "epochs=5", "embedding_dropout=0.1", "min_freq=1", "dropout=0.2"]),
+    "gru": ("sentiment", [*SENTIMENT, "model=gru", "epochs=5", "embedding_dropout=0.1", "dropout=0.2"]),
+    "lstm-attention": (
+        "sentiment",
+        [*SENTIMENT, "model=lstm-attention", "epochs=5", "embedding_dropout=0.1"],
+    ),
+    "gru-attention": ("sentiment", [*SENTIMENT, "model=gru-attention", "epochs=6", "lr=0.01"]),
+    "transformer": ("sentiment", [*SENTIMENT, "model=transformer", "epochs=6", "num_layers=1"]),
     "questions": ("questions", [*CLASSIFY, "epochs=2"]),
     "names": ("names", [*CLASSIFY, "epochs=20", "batch=16"]),
     "names-generate": ("names", [*QUICK, "task=generate", "epochs=20", "batch=16", "lr=0.01"]),

@@ -23,18 +23,8 @@ from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, devi
 class ClassificationConfig(Training):
     min_freq: int = option(1, "tokens that occur less often in the training data are unknown")
     max_tokens: int = option(400, "of a longer text, the first quarter of this and the last three are read")
-    embed_std: float = option(0.1, "deviation of the tokens' vectors before training (not transformer)")
+    embed_std: float = option(0.3, "deviation of the tokens' vectors before training (not transformer)")
     word_dropout: float = option(0.0, "share of the tokens that training replaces by the unknown one")
-
-
-def scale_embedding(model: nn.Module, deviation: float) -> nn.Module:
-    """Gives the model's embedding small values in the place of torch's, of deviation 1.
-
-    Vectors of rare words stay near where they began: small ones say little, large ones much at random.
-    """
-    with torch.no_grad():
-        model.embedding.weight.mul_(deviation)  # type: ignore[operator, union-attr]
-    return model
 
 
 class Classification(Recipe):

@@ -17,8 +17,8 @@ from seqkern.text import CorpusError, Labelled, Vocabulary, collate_pairs, read_
 from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, changed, option
 from seqkern.train.metrics import perplexity
-from seqkern.train.recipes._classification import Classification, ClassificationConfig, scale_embedding
-from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of
+from seqkern.train.recipes._classification import Classification, ClassificationConfig
+from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of, scale_embedding
 
 EOS = "<eos>"
 

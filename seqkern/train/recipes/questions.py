@@ -12,8 +12,8 @@ from torch import nn
 from seqkern.models import RNNClassifier
 from seqkern.text import Labelled, basic_english, read_labelled_lines, toy
 from seqkern.train.config import Schedule, changed, option
-from seqkern.train.recipes._classification import Classification, ClassificationConfig, scale_embedding
-from seqkern.train.recipes._recipe import PAD, find, found
+from seqkern.train.recipes._classification import Classification, ClassificationConfig
+from seqkern.train.recipes._recipe import PAD, find, found, scale_embedding
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, Training, changed, option
 from seqkern.train.metrics import accuracy, span_f1
 from seqkern.train.recipes._characters import character_ids, character_vocabulary
-from seqkern.train.recipes._recipe import PAD, UNK, Recipe, bucketed, by_length, device_of, find, found
+from seqkern.train.recipes._recipe import (
+    PAD,
+    UNK,
+    Recipe,
+    bucketed,
+    by_length,
+    device_of,
+    find,
+    found,
+    scale_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class TaggerConfig(Training):
     schedule: Schedule = changed("schedule", "cosine")
     orthogonal: bool = changed("orthogonal", True)
     embed_dim: int = option(100, "size of the words' vectors")
+    embed_std: float = option(0.1, "deviation of the words' vectors before training")
     hidden_size: int = option(200, "of each direction")
     num_layers: int = option(1, "recurrent layers")
     dropout: float = option(0.5, "of words' vectors, between layers and before the output")
@@ -122,8 +133,10 @@ class Tagger(Recipe):
         )
         if c.crf == "yes" or (c.crf == "auto" and c.task == "ner"):
             constraints = bio_constraints(tags) if _are_bio(tags) else None
-            return BiLSTMCRF(*sizes, constraints=constraints, **options)
-        return RNNTagger(*sizes, bidirectional=True, **options)
+            model: nn.Module = BiLSTMCRF(*sizes, constraints=constraints, **options)
+        else:
+            model = RNNTagger(*sizes, bidirectional=True, **options)
+        return scale_embedding(model, c.embed_std)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         ids, lengths, tags, chars = batch
