@@ -203,13 +203,13 @@ def drop_words(ids: Tensor, rate: float) -> Tensor:
     return torch.where(torch.rand(ids.shape, device=ids.device) < rate, UNK, ids) if rate else ids
 
 
-def scale_embedding(model: nn.Module, deviation: float) -> nn.Module:
+def scale_embedding(model: Any, deviation: float) -> Any:
     """Gives the model's embedding small values in the place of torch's, of deviation 1.
 
     Vectors of rare words stay near where they began: small ones say little, large ones much at random.
     """
     with torch.no_grad():
-        model.embedding.weight.mul_(deviation)  # type: ignore[operator, union-attr]
+        model.embedding.weight.mul_(deviation)
     return model
 
 
