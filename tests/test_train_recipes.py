@@ -5,6 +5,7 @@ Sizes are a few dozen units, so that a training takes about a second.
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from seqkern.train.recipes._recipe import find
 
 SMALL = ["hidden_size=32", "embed_dim=32"]
 QUICK = [*SMALL, "lr=0.005", "warmup=10", "log_every=10"]
+CLASSIFY = [*QUICK, "embed_std=1"]
+SENTIMENT = [*CLASSIFY, "average=0", "weight_decay=0"]
 SHORT = ["units=400", "average=0.8", "max_len=20", "beam_width=2", "dropout=0"]
 
 # name → (recipe, options); small text files stand in for the standard library, which takes longer to read
@@ -38,13 +41,16 @@ CASES: dict[str, tuple[str, list[str]]] = {
         ["model=skip-gram", "embed_dim=16", "epochs=2", "window=2", "lr=0.02", "min_freq=1", "subsample=0"],
     ),
     "elmo": ("elmo", ["hidden_size=32", "proj_size=16", "filters=4", "epochs=2", "lr=0.01", "min_freq=1"]),
-    "lstm": ("sentiment", [*QUICK, "epochs=5", "embedding_dropout=0.1", "min_freq=1", "dropout=0.2"]),
-    "gru": ("sentiment", [*QUICK, "model=gru", "epochs=5", "embedding_dropout=0.1", "dropout=0.2"]),
-    "lstm-attention": ("sentiment", [*QUICK, "model=lstm-attention", "epochs=5", "embedding_dropout=0.1"]),
-    "gru-attention": ("sentiment", [*QUICK, "model=gru-attention", "epochs=6", "lr=0.01"]),
-    "transformer": ("sentiment", [*QUICK, "model=transformer", "epochs=6", "num_layers=1"]),
-    "questions": ("questions", [*QUICK, "epochs=2"]),
-    "names": ("names", [*QUICK, "epochs=20", "batch=16"]),
+    "lstm": ("sentiment", [*SENTIMENT, "epochs=5", "embedding_dropout=0.1", "min_freq=1", "dropout=0.2"]),
+    "gru": ("sentiment", [*SENTIMENT, "model=gru", "epochs=5", "embedding_dropout=0.1", "dropout=0.2"]),
+    "lstm-attention": (
+        "sentiment",
+        [*SENTIMENT, "model=lstm-attention", "epochs=5", "embedding_dropout=0.1"],
+    ),
+    "gru-attention": ("sentiment", [*SENTIMENT, "model=gru-attention", "epochs=6", "lr=0.01"]),
+    "transformer": ("sentiment", [*SENTIMENT, "model=transformer", "epochs=6", "num_layers=1"]),
+    "questions": ("questions", [*CLASSIFY, "epochs=2"]),
+    "names": ("names", [*CLASSIFY, "epochs=20", "batch=16"]),
     "names-generate": ("names", [*QUICK, "task=generate", "epochs=20", "batch=16", "lr=0.01"]),
     "ner": ("tagger", [*QUICK, "epochs=2", "char_size=16"]),
     "pos": ("tagger", [*QUICK, "task=pos", "epochs=2", "characters=lstm", "char_size=16", "dropout=0.2"]),
@@ -170,7 +176,12 @@ REACHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"lstm", "lstm-attention", "gru-attention", "translate-lstm", "translate-transformer"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
+)
 def test_a_recipe_learns_and_its_checkpoint_knows_it(case, text, tmp_path, capsys):
     name, options = CASES[case]
     assert commands.train([name, *data_of(name, text), "--out", str(tmp_path), *options]) == 0
@@ -323,7 +334,7 @@ def test_attention_and_tsne_draw(trained, tmp_path, capsys):
 
 
 def test_compare_torch(tmp_path, capsys):
-    arguments = ["questions", "--out", str(tmp_path), *QUICK, "epochs=1", "word_dropout=0", "dropout=0"]
+    arguments = ["questions", "--out", str(tmp_path), *CLASSIFY, "epochs=1", "word_dropout=0", "dropout=0"]
     assert commands.train([*arguments, "--compare", "torch"]) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     ours, theirs = ([float(x.replace(",", "")) for x in line.split()[1:]] for line in (table[2], table[1]))
@@ -336,6 +347,10 @@ def test_compare_torch(tmp_path, capsys):
         [e["loss"] for e in logs.read(out / "log.jsonl") if e["event"] == "step"]
         for out in (tmp_path, tmp_path / "torch")
     ]
+    shutil.rmtree(tmp_path / "torch")  # killed before the twin began
+    commands.train([*arguments, "--compare", "torch", "--resume"])
+    again = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[1:3] for line in again[1:3]] == [line.split()[1:3] for line in table[1:3]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) > 2
 
 
@@ -426,7 +441,7 @@ def test_find_reads_a_split_off_a_name(split, name, tmp_path):
         ("names", "names", [], 18045, 2005),
         ("tagger", "wnut17", [], 3394, 1009),
         ("tagger", "ncbi_disease", [], 5424, 923),
-        pytest.param("tagger", "ud_english_ewt", ["task=pos"], 12543, 2001, marks=pytest.mark.slow),
+        pytest.param("tagger", "ud_english_ewt", ["task=pos"], 12544, 2001, marks=pytest.mark.slow),
         pytest.param("sentiment", "imdb", [], 20000, 5000, marks=pytest.mark.slow),
         pytest.param("translate", "multi30k", [], 29000, 1014, marks=pytest.mark.slow),
     ],
@@ -437,3 +452,31 @@ def test_recipes_read_real_data(name, folder, options, train, valid, data):
     recipe = RECIPES[name].make(with_options(RECIPES[name].config(), options))
     recipe.read(data / folder)
     assert (len(recipe.batches._examples), len(recipe.valid)) == (train, valid)
+
+
+def test_translate_reads_pairs_in_either_direction(tmp_path):
+    pairs = toy.translations(300)
+    (tmp_path / "fra.txt").write_text("".join(f"{p.source}\t{p.target}\tsource\n" for p in pairs), "utf-8")
+    (tmp_path / "_about.txt").write_text("about\n")
+    for options, valid in (([], pairs[::100]), (["swap=yes"], [p[::-1] for p in pairs[::100]])):
+        config = with_options(RECIPES["translate"].config(), ["units=400", *options])
+        recipe = RECIPES["translate"].make(config)
+        recipe.read(tmp_path)
+        assert recipe.valid == valid
+        assert recipe.read_split(tmp_path, "valid") == valid
+        assert len(recipe.read_split(tmp_path / "fra.txt", "test")) == 300
+
+
+def test_token_vectors_begin_small(text):
+    recipe = made("questions", text)
+    recipe.config = with_options(recipe.config, ["embed_std=0.1", "embed_dim=200"])
+    recipe.make()
+    weight = recipe.model.embedding.weight
+    assert weight.std().item() == pytest.approx(0.1, rel=0.1) and weight[1].abs().max() == 0
+
+
+def test_tokens_of_sentiment(text):
+    recipe = made("gru", text)
+    assert recipe.tokenize("It does n't Work!") == ["it", "does", "n", "'", "t", "work", "!"]
+    recipe.config = with_options(recipe.config, ["tokens=spaces"])
+    assert recipe.tokenize("It does n't Work!") == ["it", "does", "n't", "work!"]

@@ -88,18 +88,23 @@ def _train(args: argparse.Namespace, config: Training, out: Path, world: World) 
     if world.leads:
         print(json.dumps(finite({"recipe": args.recipe, "seconds": result.seconds, **figures})))
     if twin is not None:
-        peer, peer_figures = _fit(twin, out / "torch", world, args)
+        peer, peer_figures = _fit(twin, out / "torch", world, args, is_twin=True)
         if world.leads:
             _report_comparison(recipe.metric, (result, figures), (peer, peer_figures), Log(out / "log.jsonl"))
 
 
 def _fit(
-    recipe: Recipe, out: Path, world: World, args: argparse.Namespace
+    recipe: Recipe, out: Path, world: World, args: argparse.Namespace, *, is_twin: bool = False
 ) -> tuple[Result, dict[str, float]]:
-    """Trains, and judges the best model as well as it can be."""
-    there = (out / "last.pt").exists() or distributed.newest_sharded(out / "last") is not None
-    resume = args.resume or (was_restarted(world) and world.sum(there)[0] > 0)
-    label = f"{recipe.name} on torch.nn" if out.name == "torch" else recipe.name
+    """Trains, and judges the best model as well as it can be.
+
+    Of a run with --resume, the twin may not have begun.
+    """
+    label = f"{recipe.name} on torch.nn" if is_twin else recipe.name
+    resume = args.resume
+    if was_restarted(world) or (resume and is_twin):
+        found = (out / "last.pt").exists() or distributed.newest_sharded(out / "last") is not None
+        resume = world.gather(found)[0]
     trainer = Trainer(recipe, recipe.config, out=out, world=world, label=label)
     result = trainer.fit(resume=resume)
     figures = result.figures

@@ -47,7 +47,7 @@ class Training:
     schedule: Schedule = option(
         "constant", "of the learning rate, after the warm-up: constant, plateau, cosine or inverse-sqrt"
     )
-    warmup: int = option(0, "updates over which the learning rate grows linearly")
+    warmup: int = option(0, "updates over which the learning rate grows linearly, at most a fifth of all")
     plateau_factor: float = option(0.5, "by which schedule=plateau multiplies the learning rate")
     plateau_patience: int = option(2, "evaluations without improvement before that")
     patience: int = option(0, "evaluations without improvement before training stops (0: never)")

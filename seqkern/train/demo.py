@@ -23,6 +23,7 @@ import seqkern
 from seqkern.text import CharCorpus, CorpusError, Windows, read_texts, standard_library
 from seqkern.train.char_lm import CharLM, bits_per_character, sample
 from seqkern.train.compare import Comparison, parity, recurrent, speed
+from seqkern.train.log import new_figure
 from seqkern.train.progress import Progress
 from seqkern.train.tbptt import TruncatedBPTT
 
@@ -144,12 +145,8 @@ def plot_losses(runs: Sequence[Run], path: Path) -> None:
 
     Raises:   ImportError: matplotlib is not installed
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     peer, ours = runs
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(8, 6))
     curves, difference = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curves.plot(peer.losses, label=peer.name, color="tab:orange", linewidth=4, alpha=0.6)
     curves.plot(ours.losses, label=ours.name, color="tab:blue", linewidth=1)

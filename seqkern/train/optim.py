@@ -24,19 +24,20 @@ def make_optimizer(model: nn.Module, config: Training) -> torch.optim.Optimizer:
     return kind(groups, config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-def learning_rate_factor(config: Training, step: int, progress: float) -> float:
+def learning_rate_factor(schedule: str, warmup: int, step: int, progress: float) -> float:
     """By what the learning rate is multiplied at update `step` (from 0), `progress` of the way (0…1).
 
     Linear warm-up over `warmup` updates, from 1/warmup to 1; then 1 (constant, plateau), a half cosine from 1
     to 0 (Loshchilov and Hutter 2017, "SGDR"), or √(warmup / step) (Vaswani et al. 2017, "Attention is all you
     need", whose rate is d_model^-0.5 · min(step^-0.5, step · warmup^-1.5)).
     """
-    warmup = min(1.0, (step + 1) / max(config.warmup, 1))
-    if config.schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    if config.schedule == "inverse-sqrt":
-        return min(warmup, math.sqrt(max(config.warmup, 1) / (step + 1)))
-    return warmup
+    warmup = max(warmup, 1)
+    growing = min(1.0, (step + 1) / warmup)
+    if schedule == "cosine":
+        return growing * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if schedule == "inverse-sqrt":
+        return min(growing, math.sqrt(warmup / (step + 1)))
+    return growing
 
 
 @torch.no_grad()

@@ -231,8 +231,9 @@ class Trainer:
         # The leader's clock is everyone's.
         targets, at.seconds = self.world.sum(sum(weight for _, weight in group), leads and self._elapsed())
         progress = max(at.step / self._total_steps(), at.seconds / (60 * config.minutes))
-        factor = learning_rate_factor(config, at.step, progress)
-        if self.plateau is None or at.step < config.warmup:
+        warmup = min(config.warmup, self._total_steps() // 5)
+        factor = learning_rate_factor(config.schedule, warmup, at.step, progress)
+        if self.plateau is None or at.step < warmup:
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = config.lr * factor
         self.optimizer.zero_grad()

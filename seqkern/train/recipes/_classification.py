@@ -23,6 +23,7 @@ from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, devi
 class ClassificationConfig(Training):
     min_freq: int = option(1, "tokens that occur less often in the training data are unknown")
     max_tokens: int = option(400, "of a longer text, the first quarter of this and the last three are read")
+    embed_std: float = option(0.3, "deviation of the tokens' vectors before training (not transformer)")
     word_dropout: float = option(0.0, "share of the tokens that training replaces by the unknown one")
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import seqkern.nn
-from seqkern.text import BucketSampler, BytePairEncoding, CharVocabulary, CorpusError, Vocabulary
+from seqkern.text import (
+    BucketSampler,
+    BytePairEncoding,
+    CharVocabulary,
+    CorpusError,
+    Vocabulary,
+    read_texts,
+    toy,
+)
+from seqkern.text import split as split_texts
 from seqkern.train.config import Training
 from seqkern.train.optim import orthogonal_
 from seqkern.train.trainer import Task
@@ -144,6 +153,31 @@ def found(file: Path | None, path: Path, split: str, ending: str = "") -> Path:
     return file
 
 
+def training_texts(path: Path | None, held_out: float) -> tuple[list[str], list[str]]:
+    """Training and validation texts: of a folder the files of these names, else a share is held out.
+
+    Without a path, English at hand: docstrings of the standard library.
+    """
+    if path is not None and path.is_dir():
+        files = find(path, "train"), find(path, "valid")
+        if all(files):
+            train, valid = (read_texts(file) for file in files)
+            return [text.text for text in train], [text.text for text in valid]
+    train, valid = split_texts(toy.prose() if path is None else read_texts(path), held_out)
+    return [text.text for text in train], [text.text for text in valid]
+
+
+def text_split(path: Path, split: str, held_out: float) -> list[str]:
+    """The texts of a split of a folder, or of a file.
+
+    Raises:   CorpusError: no such split
+    """
+    file = path if path.is_file() else find(path, split)
+    if file is None and split == "valid":
+        return training_texts(path, held_out)[1]
+    return [text.text for text in read_texts(found(file, path, split))]
+
+
 # ---- batches -------------------------------------------------------------------------------------------
 
 
@@ -167,6 +201,16 @@ def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
 def drop_words(ids: Tensor, rate: float) -> Tensor:
     """ids with a share of them unknown: what is learned of <unk>, and without each word, serves new text."""
     return torch.where(torch.rand(ids.shape, device=ids.device) < rate, UNK, ids) if rate else ids
+
+
+def scale_embedding(model: Any, deviation: float) -> Any:
+    """Gives the model's embedding small values in the place of torch's, of deviation 1.
+
+    Vectors of rare words stay near where they began: small ones say little, large ones much at random.
+    """
+    with torch.no_grad():
+        model.embedding.weight.mul_(deviation)
+    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

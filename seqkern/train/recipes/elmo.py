@@ -12,12 +12,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from seqkern.models import BidirectionalLanguageModel, CharacterOptions
-from seqkern.text import CorpusError, Vocabulary, basic_english, collate, read_texts, split, toy
+from seqkern.text import CorpusError, Vocabulary, basic_english, collate
 from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, Training, changed, option
 from seqkern.train.metrics import perplexity
 from seqkern.train.recipes._characters import character_ids, character_vocabulary
-from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of, find
+from seqkern.train.recipes._recipe import (
+    PAD,
+    Recipe,
+    bucketed,
+    by_length,
+    device_of,
+    text_split,
+    training_texts,
+)
 
 BEGIN, END = "<s>", "</s>"
 
@@ -45,7 +53,7 @@ class Elmo(Recipe):
     minimise = True
 
     def read(self, path: Path | None) -> None:
-        train, valid = map(self._sentences, self._texts(path))
+        train, valid = map(self._sentences, training_texts(path, self.config.held_out))
         if not train or not valid:
             raise CorpusError(
                 "corpus: too little text: expected lines to learn from and lines to validate with"
@@ -59,32 +67,13 @@ class Elmo(Recipe):
         order = bucketed([len(sentence) for sentence in train], c.batch, c.seed)
         self.batches = ExampleBatches(train, order, self.collate, _targets)
 
-    def _texts(self, path: Path | None) -> tuple[list[str], list[str]]:
-        if (
-            path is not None
-            and path.is_dir()
-            and (train := find(path, "train"))
-            and (valid := find(path, "valid"))
-        ):
-            parts = read_texts(train), read_texts(valid)
-        else:
-            parts = split(toy.prose() if path is None else read_texts(path), self.config.held_out)
-        train_texts, valid_texts = ([text.text for text in part] for part in parts)
-        return train_texts, valid_texts
-
     def _sentences(self, texts: Sequence[str]) -> list[list[str]]:
         n = self.config.max_words
         lines = (basic_english(line) for text in texts for line in text.splitlines())
         return [[BEGIN, *line[i : i + n], END] for line in lines for i in range(0, len(line), n)]
 
     def read_split(self, path: Path, split: str) -> list[list[str]]:
-        if path.is_dir() and (file := find(path, split)):
-            path = file
-        if path.is_dir():
-            if split != "valid":
-                raise CorpusError(f"corpus: no file of the {split} split in {path}")
-            return self._sentences(self._texts(path)[1])
-        return self._sentences([text.text for text in read_texts(path)])
+        return self._sentences(text_split(path, split, self.config.held_out))
 
     def collate(self, sentences: Sequence[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
         """Characters [B, T, C], words [B, T], lengths [B]."""

@@ -18,7 +18,7 @@ from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, changed, option
 from seqkern.train.metrics import perplexity
 from seqkern.train.recipes._classification import Classification, ClassificationConfig
-from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of
+from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of, scale_embedding
 
 EOS = "<eos>"
 
@@ -79,7 +79,7 @@ class NamesClassification(Classification):
 
     def build(self, layers: ModuleType) -> nn.Module:
         c = self.config
-        return RNNClassifier(
+        model = RNNClassifier(
             len(self.vocabularies["tokens"]),
             *(c.embed_dim, c.hidden_size, len(self.vocabularies["labels"])),
             cell=c.cell,
@@ -89,6 +89,7 @@ class NamesClassification(Classification):
             padding_idx=PAD,
             layers=layers,
         )
+        return scale_embedding(model, c.embed_std)
 
 
 class NamesGeneration(Recipe):

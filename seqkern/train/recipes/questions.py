@@ -13,7 +13,7 @@ from seqkern.models import RNNClassifier
 from seqkern.text import Labelled, basic_english, read_labelled_lines, toy
 from seqkern.train.config import Schedule, changed, option
 from seqkern.train.recipes._classification import Classification, ClassificationConfig
-from seqkern.train.recipes._recipe import PAD, find, found
+from seqkern.train.recipes._recipe import PAD, find, found, scale_embedding
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Questions(Classification):
 
     def build(self, layers: ModuleType) -> nn.Module:
         c = self.config
-        return RNNClassifier(
+        model = RNNClassifier(
             len(self.vocabularies["tokens"]),
             *(c.embed_dim, c.hidden_size, len(self.vocabularies["labels"])),
             cell=c.cell,
@@ -69,6 +69,7 @@ class Questions(Classification):
             padding_idx=PAD,
             layers=layers,
         )
+        return scale_embedding(model, c.embed_std)
 
 
 def _read(path: Path) -> list[Labelled]:

@@ -18,29 +18,40 @@ from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, Training, changed, option
 from seqkern.train.metrics import accuracy, span_f1
 from seqkern.train.recipes._characters import character_ids, character_vocabulary
-from seqkern.train.recipes._recipe import PAD, UNK, Recipe, bucketed, by_length, device_of, find, found
+from seqkern.train.recipes._recipe import (
+    PAD,
+    UNK,
+    Recipe,
+    bucketed,
+    by_length,
+    device_of,
+    find,
+    found,
+    scale_embedding,
+)
 
 
 @dataclass(frozen=True)
 class TaggerConfig(Training):
     task: Literal["ner", "pos"] = option("ner", "ner (judged by the entities' F1) or pos (by accuracy)")
     crf: Literal["auto", "yes", "no"] = option("auto", "a CRF over the tags: yes, no, or auto: for ner")
-    epochs: int = changed("epochs", 25)
+    epochs: int = changed("epochs", 15)
     batch: int = option(16, "sentences in a batch of all processes together")
-    lr: float = changed("lr", 2e-3)
+    lr: float = changed("lr", 3e-3)
     clip: float = changed("clip", 5.0)
     schedule: Schedule = changed("schedule", "cosine")
     orthogonal: bool = changed("orthogonal", True)
     embed_dim: int = option(100, "size of the words' vectors")
+    embed_std: float = option(0.1, "deviation of the words' vectors before training")
     hidden_size: int = option(200, "of each direction")
     num_layers: int = option(1, "recurrent layers")
-    dropout: float = option(0.5, "of words' vectors, between layers and before the output")
+    dropout: float = option(0.3, "of words' vectors, between layers and before the output")
     word_dropout: float = option(0.15, "share of the words that training replaces by the unknown one")
     characters: Literal["none", "lstm", "cnn"] = option(
         "cnn", "what reads the words' characters, if anything"
     )
     char_dim: int = option(30, "size of the characters' vectors")
-    char_size: int = option(60, "of what is read of a word's characters")
+    char_size: int = option(100, "of what is read of a word's characters")
     column: str = option("upos", "of CoNLL-U: upos, xpos or another")
 
 
@@ -107,7 +118,7 @@ class Tagger(Recipe):
                 c.characters,
                 hidden_size=c.char_size // 2,
                 filters=((3, c.char_size),),
-                dropout=0.2 * c.dropout,
+                dropout=0.3 * c.dropout,
             )
         tags = self.vocabularies["tags"].tokens
         sizes = (len(self.vocabularies["tokens"]), len(tags), c.embed_dim, c.hidden_size)
@@ -122,8 +133,10 @@ class Tagger(Recipe):
         )
         if c.crf == "yes" or (c.crf == "auto" and c.task == "ner"):
             constraints = bio_constraints(tags) if _are_bio(tags) else None
-            return BiLSTMCRF(*sizes, constraints=constraints, **options)
-        return RNNTagger(*sizes, bidirectional=True, **options)
+            model: nn.Module = BiLSTMCRF(*sizes, constraints=constraints, **options)
+        else:
+            model = RNNTagger(*sizes, bidirectional=True, **options)
+        return scale_embedding(model, c.embed_std)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         ids, lengths, tags, chars = batch

@@ -38,6 +38,7 @@ class TranslateConfig(Training):
     )
     source: str = option("de", "ending of the source files")
     target: str = option("en", "ending of the target files")
+    swap: bool = option(False, "of pairs by tabs, the second column is the source")
     epochs: int = changed("epochs", 15)
     batch: int = option(64, "pairs in a batch of all processes together")
     schedule: Schedule = changed("schedule", "cosine")
@@ -72,7 +73,7 @@ class Translate(Recipe):
             pairs = toy.translations()
             train, valid = pairs[200:], pairs[:200]
         elif _pairs_file(path):
-            pairs = list(read_pairs(_pairs_file(path)))
+            pairs = self._read_pairs(_pairs_file(path))
             train, valid = [p for i, p in enumerate(pairs) if i % 100], pairs[::100]
         else:
             train, valid = self._read(path, "train"), self._read(path, "valid")
@@ -96,13 +97,17 @@ class Translate(Recipe):
         ]
         return list(read_parallel(*files))
 
+    def _read_pairs(self, path: Path) -> list[Pair]:
+        pairs = read_pairs(path)
+        return [Pair(p.target, p.source) for p in pairs] if self.config.swap else list(pairs)
+
     def read_split(self, path: Path, split: str) -> list[Pair]:
         if (file := _pairs_file(path)) is not None:
             if split == "test" and path.is_dir():
                 raise CorpusError(
                     f"corpus: {path} has one file of pairs: validation pairs among them, no test"
                 )
-            pairs = list(read_pairs(file))
+            pairs = self._read_pairs(file)
             return pairs if path.is_file() else pairs[::100]
         return self._read(path, split)
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seqkern.models import EmbeddingModel
-from seqkern.text import CorpusError, Vocabulary, WordVectors, basic_english, read_texts, split, toy
+from seqkern.text import CorpusError, Vocabulary, WordVectors, basic_english
 from seqkern.train.batches import ExampleBatches, shuffled, to_device
 from seqkern.train.config import Training, changed, option
 from seqkern.train.metrics import perplexity
-from seqkern.train.recipes._recipe import PAD, UNK, Recipe, device_of, find
+from seqkern.train.recipes._recipe import PAD, UNK, Recipe, device_of, text_split, training_texts
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Vectors(Recipe):
 
     def read(self, path: Path | None) -> None:
         config = self.config
-        train, valid = self._texts(path)
+        train, valid = training_texts(path, self.config.held_out)
         words = [basic_english(text) for text in train]
         self.vocabularies["tokens"] = Vocabulary.build(
             words, min_freq=config.min_freq, max_size=config.max_size, specials=("<unk>", "<pad>")
@@ -62,20 +62,6 @@ class Vectors(Recipe):
 
         order = shuffled(len(targets), config.batch, config.seed)
         self.batches = ExampleBatches(range(len(targets)), order, collate)
-
-    def _texts(self, path: Path | None) -> tuple[list[str], list[str]]:
-        """Training and validation data."""
-        if (
-            path is not None
-            and path.is_dir()
-            and (train := find(path, "train"))
-            and (valid := find(path, "valid"))
-        ):
-            parts = read_texts(train), read_texts(valid)
-        else:
-            parts = split(toy.prose() if path is None else read_texts(path), self.config.held_out)
-        train_texts, valid_texts = ([text.text for text in part] for part in parts)
-        return train_texts, valid_texts
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self._examples([basic_english(text) for text in texts], 0.0)
@@ -107,13 +93,7 @@ class Vectors(Recipe):
         return centre[rows].unsqueeze(1), context[rows, columns]
 
     def read_split(self, path: Path, split: str) -> tuple[Tensor, Tensor]:
-        if path.is_dir() and (file := find(path, split)):
-            path = file
-        if path.is_dir():
-            if split != "valid":
-                raise CorpusError(f"corpus: no file of the {split} split in {path}")
-            return self.encode(self._texts(path)[1])
-        return self.encode([text.text for text in read_texts(path)])
+        return self.encode(text_split(path, split, self.config.held_out))
 
     def build(self, layers: ModuleType) -> nn.Module:
         return EmbeddingModel(
