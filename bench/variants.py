@@ -19,6 +19,7 @@ import torch
 
 import seqkern
 from bench import harness, parity
+from seqkern.train.tbptt import map_state
 
 FAMILY = "variants"
 MODES = ("forward", "training")
@@ -114,7 +115,11 @@ BASE_TARGET = 1.3  # times the base's time, in proportion to the work
 
 
 class Problem:
-    """x [T, B, I] and dy from a fixed seed; the variant, and its base, with parameters of the usual size."""
+    """x [T, B, I] and dy from a fixed seed; the variant, and its base, with parameters of the usual size.
+
+    All go on from the states after a few steps: from zeros, a normalised W_hh h of zeros multiplies gradients
+    by 1 / sqrt(eps), and their rounding with them.
+    """
 
     def __init__(self, library: object, family: str, dtype: torch.dtype, case: Case, device: str) -> None:
         variant = BY_NAME[case.variant]
@@ -133,12 +138,16 @@ class Problem:
         self.x = torch.randn(case.T, case.B, case.I, generator=generator).to(device=device, dtype=dtype)
         self.dy = torch.randn(case.T, case.B, case.H, generator=generator).to(device=device, dtype=dtype)
 
+        before = torch.randn(3, case.B, case.I, generator=generator).to(device=device, dtype=dtype)
+        with torch.no_grad(), seqkern.use_backend("eager"):
+            self.state, self.base_state = self.module(before)[1], self.base(before)[1]
+
     def loop(self) -> torch.Tensor:
         with seqkern.use_backend("eager"):
-            return self.module(self.x)[0]
+            return self.module(self.x, self.state)[0]
 
     def cell_by_cell(self) -> torch.Tensor:
-        state, ys = None, []
+        state, ys = map_state(lambda part: part[0], self.state), []
         with seqkern.use_backend("eager"):
             for x in self.x:
                 state = self.cell(x, state)
@@ -147,12 +156,12 @@ class Problem:
 
     def subjects(self) -> dict[str, tuple[torch.nn.Module, Callable[[], torch.Tensor]]]:
         def run() -> torch.Tensor:
-            return self.module(self.x)[0]
+            return self.module(self.x, self.state)[0]
 
         found = {
             LOOP: (self.module, self.loop),
             "seqkern": (self.module, run),
-            self.base_name: (self.base, lambda: self.base(self.x)[0]),
+            self.base_name: (self.base, lambda: self.base(self.x, self.base_state)[0]),
         }
         if self.cell is not None:
             found[CELLS] = (self.cell, self.cell_by_cell)
@@ -180,7 +189,7 @@ class Problem:
         leaves = {"x": x, **dict(self.module.named_parameters())}
         with torch.random.fork_rng(devices=[]), seqkern.use_backend(backend):
             torch.manual_seed(3)
-            y = self.module(x)[0]
+            y = self.module(x, map_state(lambda part: part.to(dtype), self.state))[0]
             grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(dtype))
         self.module.to(dtype=self.dtype)
         found = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
