@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import re
 import shlex
 from contextlib import redirect_stdout
@@ -191,3 +192,12 @@ def test_all_but_these_take_layers() -> None:
     composed = {"AttnSeq2Seq", "LSTMSeq2Seq", "ContextualEmbedding", "DecodingModule", "TranslationModel"}
     plain = {"CNN", "DropoutPositionalEncoding", "Embeddings", "PositionalEncoding", "ScalarMix"}
     assert without == composed | plain
+
+
+def test_results_are_their_logs() -> None:
+    rows = re.findall(r"\| `(\w+)` \| ([\d.]+) \| \[log\]\((\S+)\) \|", MODELS)
+    assert rows
+    for metric, value, log in rows:
+        lines = [json.loads(line) for line in (ROOT / "docs" / log).read_text().splitlines()]
+        (end,) = (line for line in lines if line["event"] == "final")
+        assert f"{end[metric]:.3f}" == value, log
