@@ -201,3 +201,11 @@ def test_results_are_their_logs() -> None:
         lines = [json.loads(line) for line in (ROOT / "docs" / log).read_text().splitlines()]
         (end,) = (line for line in lines if line["event"] == "final")
         assert f"{end[metric]:.3f}" == value, log
+    told = re.findall(r"reached ([\d.]+) at 1 ÷ ([\d.]+)|names ([\d.]+) at 1 ÷ ([\d.]+)", MODELS)
+    logs = [log for _, _, log in rows if "questions" in log or "names" in log]
+    for found, log in zip(told, logs, strict=True):
+        line = (ROOT / "docs" / log).read_text().splitlines()[-1]
+        comparison = json.loads(line)
+        value, ratio = (number for number in found if number)
+        assert f"{comparison['torch']['accuracy']:.3f}" == value, log
+        assert f"{comparison['ratio']:.2f}" == ratio, log
