@@ -201,7 +201,7 @@ def test_results_are_their_logs() -> None:
         lines = [json.loads(line) for line in (ROOT / "docs" / log).read_text().splitlines()]
         (end,) = (line for line in lines if line["event"] == "final")
         assert f"{end[metric]:.3f}" == value, log
-    told = re.findall(r"reached ([\d.]+) at 1 ÷ ([\d.]+)|names ([\d.]+) at 1 ÷ ([\d.]+)", MODELS)
+    told = re.findall(r"reached (\d\.\d+) at 1 ÷ (\d\.\d+)|names (\d\.\d+) at 1 ÷ (\d\.\d+)", MODELS)
     logs = [log for _, _, log in rows if "questions" in log or "names" in log]
     for found, log in zip(told, logs, strict=True):
         line = (ROOT / "docs" / log).read_text().splitlines()[-1]
