@@ -35,6 +35,26 @@ constexpr int kValues = 2 * Kind::kGates;
 template <class Kind>
 constexpr bool kIsGru = Kind::kStates == 1;
 
+// Of n numbers, which the block's threads share.
+template <class C>
+struct RowMoments {
+  C mean, rstd;
+};
+template <class S, class C>
+__device__ __forceinline__ RowMoments<C> row_moments(const S* row, int64_t n, double eps,
+                                                     C* shared) {
+  C mean[1] = {}, squares[1] = {};
+  for (int64_t k = threadIdx.x; k < n; k += kStepThreads) mean[0] += widen(row[k]);
+  sum_over_block(mean, shared);
+  mean[0] /= C(n);
+  for (int64_t k = threadIdx.x; k < n; k += kStepThreads) {
+    const C off = widen(row[k]) - mean[0];
+    squares[0] += off * off;
+  }
+  sum_over_block(squares, shared);
+  return {mean[0], 1 / sqrt(squares[0] / C(n) + C(eps))};
+}
+
 // The row of this block, its units to be filled in.
 __device__ __forceinline__ Element row_of_block(const LayerParams& p, int64_t s) {
   return element_of(p, int64_t(blockIdx.x) * p.H, p.H, s);
@@ -80,23 +100,13 @@ __global__ void normalise_input_kernel(const ForwardParams p, void* gx) {
   const void* const* const own = p.own[e.way];
   S* const row = out<S>(gx) + (e.d * p.rows.N + e.row) * G * H;
   S* const reserve = p.reserve == nullptr ? nullptr : out<S>(p.reserve) + at_reserve(p, e, e.row);
-  const C count = C(G) * C(H);
 
-  C mean[1] = {}, squares[1] = {};
-  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) mean[0] += widen(row[k]);
-  sum_over_block(mean, sums);
-  mean[0] /= count;
-  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) {
-    const C off = widen(row[k]) - mean[0];
-    squares[0] += off * off;
-  }
-  sum_over_block(squares, sums);
-  const C rstd = 1 / sqrt(squares[0] / count + C(p.eps));
+  const auto [mean, rstd] = row_moments(row, G * H, p.eps, sums);
   for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
     e.u = u;
     for (int k = 0; k < G; k++) {
       const int64_t at = k * H + u;
-      const C x = (widen(row[at]) - mean[0]) * rstd;
+      const C x = (widen(row[at]) - mean) * rstd;
       if (reserve != nullptr) reserve[k * Hp + u] = narrow<S>(x);
       row[at] = narrow<S>(x * number<S>(own[0], at) + number<S>(own[1], at) +
                           bias_of<S>(p, p.b_ih, e, G, k));
@@ -121,18 +131,8 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
   const S* const gx = in<S>(p.gx) + (e.d * p.rows.N + e.row) * G * H;
   const S* const gh = in<S>(step.products[0]) + (e.d * p.rows.B + e.b) * G * H;
   S* const reserve = p.reserve == nullptr ? nullptr : out<S>(p.reserve) + at_reserve(p, e, e.row);
-  const C count = C(G) * C(H);
 
-  C mean[1] = {}, squares[1] = {};
-  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) mean[0] += widen(gh[k]);
-  sum_over_block(mean, sums);
-  mean[0] /= count;
-  for (int64_t k = threadIdx.x; k < G * H; k += kStepThreads) {
-    const C off = widen(gh[k]) - mean[0];
-    squares[0] += off * off;
-  }
-  sum_over_block(squares, sums);
-  const C rstd = 1 / sqrt(squares[0] / count + C(p.eps));
+  const auto [mean, rstd] = row_moments(gh, G * H, p.eps, sums);
 
   C sum_c[1] = {};
   for (int64_t u = threadIdx.x; u < H; u += kStepThreads) {
@@ -141,7 +141,7 @@ __global__ void normalised_forward_kernel(const ForwardParams p, const ForwardSt
     for (int k = 0; k < G; k++) {
       const int64_t at = k * H + u;
       x[k] = widen(gx[at]);
-      h[k] = (widen(gh[at]) - mean[0]) * rstd;
+      h[k] = (widen(gh[at]) - mean) * rstd;
       if (reserve != nullptr) reserve[(G + k) * Hp + u] = narrow<S>(h[k]);
       h[k] = h[k] * number<S>(own[2], at) + number<S>(own[3], at);
     }
