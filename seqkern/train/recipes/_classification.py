@@ -6,17 +6,27 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seqkern.models import RNNClassifier
 from seqkern.text import Labelled, Vocabulary, collate
 from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Training, option
 from seqkern.train.metrics import accuracy, f1
-from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of, drop_words
+from seqkern.train.recipes._recipe import (
+    PAD,
+    Recipe,
+    bucketed,
+    by_length,
+    device_of,
+    drop_words,
+    scale_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,22 @@ class Classification(Recipe):
 
     def tokenize(self, text: str) -> list[str]:
         raise NotImplementedError
+
+    def build_rnn(self, layers: ModuleType, **options: Any) -> nn.Module:
+        """The bidirectional RNNClassifier that a config of cell, sizes and dropout describes."""
+        c = self.config
+        model = RNNClassifier(
+            len(self.vocabularies["tokens"]),
+            *(c.embed_dim, c.hidden_size, len(self.vocabularies["labels"])),
+            cell=c.cell,
+            num_layers=c.num_layers,
+            bidirectional=True,
+            dropout=c.dropout,
+            padding_idx=PAD,
+            layers=layers,
+            **options,
+        )
+        return scale_embedding(model, c.embed_std)
 
     def read(self, path: Path | None) -> None:
         config = self.config

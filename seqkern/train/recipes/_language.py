@@ -15,7 +15,7 @@ from seqkern.models import RNNLanguageModel
 from seqkern.text import Windows
 from seqkern.train.batches import WindowBatches
 from seqkern.train.config import Schedule, Training, changed, option
-from seqkern.train.recipes._recipe import Recipe, device_of, find
+from seqkern.train.recipes._recipe import Recipe, device_of, find, found
 from seqkern.train.tbptt import State, detach_state
 
 
@@ -90,6 +90,22 @@ class LanguageModelling(Recipe):
             raise ValueError("generate: expected a prompt of at least one token")
         drawn = model.generate(ids.to(device_of(model)), length, generator=generator, **sampling)  # type: ignore[operator]
         return self.decode(drawn.tolist())
+
+    def read_split(self, path: Path, split: str) -> list[Tensor]:
+        if path.is_dir():
+            file = find(path, split)
+            if file is None and split == "valid":
+                return self.corpus(path).held_out
+            path = found(file, path, split)
+        return self.streams(path)
+
+    def corpus(self, path: Path | None) -> Any:
+        """Training data and held_out streams."""
+        raise NotImplementedError
+
+    def streams(self, path: Path) -> list[Tensor]:
+        """A file's ids."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> Tensor:
         raise NotImplementedError

@@ -12,7 +12,6 @@ from seqkern.text import CharCorpus, CharVocabulary, CorpusError, read_texts, st
 from seqkern.train.config import changed, option
 from seqkern.train.metrics import bits
 from seqkern.train.recipes._language import LanguageConfig, LanguageModelling
-from seqkern.train.recipes._recipe import find
 from seqkern.train.tbptt import nats_per_token
 
 
@@ -36,12 +35,12 @@ class CharLM(LanguageModelling):
             self.vocabularies["tokens"] = CharVocabulary.of("".join(train)[:limit])
             self.train, self.valid = self._stream("".join(train)[:limit]), [self._stream(v) for v in valid]
         else:
-            corpus = self._corpus(path)
+            corpus = self.corpus(path)
             self.vocabularies["tokens"] = corpus.vocabulary
             self.train, self.valid = corpus.train, corpus.held_out
         self.make_batches()
 
-    def _corpus(self, path: Path | None) -> CharCorpus:
+    def corpus(self, path: Path | None) -> CharCorpus:
         """Text without files of its own for validation."""
         texts = standard_library() if path is None else read_texts(path)
         if not texts:
@@ -51,14 +50,7 @@ class CharLM(LanguageModelling):
             texts, held_out=self.config.held_out, min_share=1e-6, max_characters=limit
         )
 
-    def read_split(self, path: Path, split: str) -> list[Tensor]:
-        if path.is_dir():
-            file = find(path, split)
-            if file is None and split == "valid":
-                return self._corpus(path).held_out
-            if file is None:
-                raise CorpusError(f"corpus: no file of the {split} split in {path}")
-            path = file
+    def streams(self, path: Path) -> list[Tensor]:
         return [self._stream(text.text) for text in read_texts(path)]
 
     def _stream(self, text: str) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seqkern.models import RNNClassifier, RNNLanguageModel
+from seqkern.models import RNNLanguageModel
 from seqkern.text import CorpusError, Labelled, Vocabulary, collate_pairs, read_names, read_tsv, toy
 from seqkern.train.batches import ExampleBatches, to_device
 from seqkern.train.config import Schedule, changed, option
 from seqkern.train.metrics import perplexity
 from seqkern.train.recipes._classification import Classification, ClassificationConfig
-from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of, scale_embedding
+from seqkern.train.recipes._recipe import PAD, Recipe, bucketed, by_length, device_of
 
 EOS = "<eos>"
 
@@ -78,18 +78,7 @@ class NamesClassification(Classification):
         return list(text)
 
     def build(self, layers: ModuleType) -> nn.Module:
-        c = self.config
-        model = RNNClassifier(
-            len(self.vocabularies["tokens"]),
-            *(c.embed_dim, c.hidden_size, len(self.vocabularies["labels"])),
-            cell=c.cell,
-            num_layers=c.num_layers,
-            bidirectional=True,
-            dropout=c.dropout,
-            padding_idx=PAD,
-            layers=layers,
-        )
-        return scale_embedding(model, c.embed_std)
+        return self.build_rnn(layers)
 
 
 class NamesGeneration(Recipe):

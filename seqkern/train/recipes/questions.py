@@ -9,11 +9,10 @@ from typing import Literal
 
 from torch import nn
 
-from seqkern.models import RNNClassifier
 from seqkern.text import Labelled, basic_english, read_labelled_lines, toy
 from seqkern.train.config import Schedule, changed, option
 from seqkern.train.recipes._classification import Classification, ClassificationConfig
-from seqkern.train.recipes._recipe import PAD, find, found, scale_embedding
+from seqkern.train.recipes._recipe import find, found
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,7 @@ class Questions(Classification):
         return basic_english(text)
 
     def build(self, layers: ModuleType) -> nn.Module:
-        c = self.config
-        model = RNNClassifier(
-            len(self.vocabularies["tokens"]),
-            *(c.embed_dim, c.hidden_size, len(self.vocabularies["labels"])),
-            cell=c.cell,
-            num_layers=c.num_layers,
-            bidirectional=True,
-            dropout=c.dropout,
-            pooling=c.pooling,
-            padding_idx=PAD,
-            layers=layers,
-        )
-        return scale_embedding(model, c.embed_std)
+        return self.build_rnn(layers, pooling=self.config.pooling)
 
 
 def _read(path: Path) -> list[Labelled]:

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from seqkern.text import CorpusError, WordCorpus, read_texts, read_words, toy
+from seqkern.text import WordCorpus, read_texts, read_words, toy
 from seqkern.train.config import changed, option
 from seqkern.train.metrics import perplexity
 from seqkern.train.recipes._language import LanguageConfig, LanguageModelling
-from seqkern.train.recipes._recipe import find
 from seqkern.train.tbptt import nats_per_token
 
 
@@ -36,12 +35,12 @@ class WordLM(LanguageModelling):
     name = "word-lm"
 
     def read(self, path: Path | None) -> None:
-        corpus = self._corpus(path)
+        corpus = self.corpus(path)
         self.vocabularies["tokens"] = corpus.vocabulary
         self.train, self.valid = corpus.train, corpus.held_out
         self.make_batches()
 
-    def _corpus(self, path: Path | None) -> WordCorpus:
+    def corpus(self, path: Path | None) -> WordCorpus:
         limits = {"min_freq": self.config.min_freq, "max_size": self.config.max_size}
         if path is not None and (files := self.files(path)):
             train, valid = (read_words(file) for file in files)
@@ -49,14 +48,7 @@ class WordLM(LanguageModelling):
         texts = toy.prose() if path is None else read_texts(path)
         return WordCorpus.from_texts(texts, held_out=self.config.held_out, **limits)
 
-    def read_split(self, path: Path, split: str) -> list[Tensor]:
-        if path.is_dir():
-            file = find(path, split)
-            if file is None and split == "valid":
-                return self._corpus(path).held_out
-            if file is None:
-                raise CorpusError(f"corpus: no file of the {split} split in {path}")
-            path = file
+    def streams(self, path: Path) -> list[Tensor]:
         vocabulary = self.vocabularies["tokens"]
         return [torch.tensor([i for line in read_words(path) for i in vocabulary.encode(line)])]
 
