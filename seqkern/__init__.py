@@ -7,6 +7,7 @@ constructors, parameters, results and gradients.
 import warnings
 
 from seqkern import _extension, nn, ops, reference
+from seqkern.adoption import patch, replace, restore
 from seqkern.info import info
 from seqkern.nn import (
     CIFG,
@@ -108,8 +109,11 @@ __all__ = [
     "info",
     "nn",
     "ops",
+    "patch",
     "plan",
     "reference",
+    "replace",
+    "restore",
     "scaled_dot_product_attention",
     "tune",
     "use_backend",

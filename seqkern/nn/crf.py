@@ -244,7 +244,7 @@ class CRF(nn.Module):
     def _scores(self) -> tuple[Tensor, Tensor, Tensor]:
         """start, end, transitions: -inf where the constraints forbid."""
         scores = (self.start_transitions, self.end_transitions, self.transitions)
-        if self._allowed_start is None:
+        if self._buffers.get("_allowed_start") is None:  # nor there, where pytorch-crf's constructor made it
             return scores
         start, end, transitions = scores
         return (

@@ -1,0 +1,1 @@
+"""seqkern inside other libraries. Each module needs its library; none is imported before it is asked for."""
