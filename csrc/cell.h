@@ -301,7 +301,8 @@ struct SlstmCell {
     const V c = f * state[0] + i * regular.candidate(z);
     const V n = f * state[1] + i;
     state[0] = c, state[1] = n, state[2] = m;
-    saved[0] = i, saved[1] = f, saved[2] = z, saved[3] = o, saved[4] = Math::sigmoid(pre[1]);
+    saved[0] = m == pre[0] ? i : -i;  // the sign keeps which of the two m is, also rounded to 16 bits
+    saved[1] = f, saved[2] = z, saved[3] = o, saved[4] = Math::sigmoid(pre[1]);
     saved[5] = c, saved[6] = n, saved[7] = m;
     return o * c / n;
   }
@@ -310,14 +311,14 @@ struct SlstmCell {
   static SEQKERN_HOST_DEVICE V backward(V dh, V* dstate, const V* saved, V /*h*/, V /*h_prev*/,
                                         const V* prev, const V* /*own*/, const Regular& regular,
                                         V* dpre) {
-    const V i = saved[0], f = saved[1], z = saved[2], o = saved[3];
+    const V i = saved[0] > 0 ? saved[0] : -saved[0], f = saved[1], z = saved[2], o = saved[3];
     const V ratio = saved[5] / saved[6];
     const V dc = dstate[0] + dh * o / saved[6];
     const V dn = dstate[1] - dh * o * ratio / saved[6];
     const V di = (dc * regular.candidate(z) + dn) * i;  // of the exponent of i
     const V df = (dc * prev[0] + dn * prev[1]) * f;     // of f's
     const V dm = dstate[2] - di - df;
-    const V of_i = i == 1 ? dm : V{}, of_past = i == 1 ? V{} : dm;  // m is the one or the other
+    const V of_i = saved[0] > 0 ? dm : V{}, of_past = saved[0] > 0 ? V{} : dm;
     dpre[0] = di + of_i;
     dpre[1] = (df + of_past) * (1 - saved[4]);
     dpre[2] = regular.candidate(dc) * i * (1 - z * z);

@@ -7,7 +7,7 @@ constructors, parameters, results and gradients.
 import warnings
 
 from seqkern import _extension, nn, ops, reference
-from seqkern.adoption import patch, replace, restore
+from seqkern.adoption import compile, patch, replace, restore
 from seqkern.info import info
 from seqkern.nn import (
     CIFG,
@@ -106,6 +106,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "__version__",
     "bio_constraints",
+    "compile",
     "info",
     "nn",
     "ops",

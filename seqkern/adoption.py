@@ -1,4 +1,4 @@
-"""Existing models on seqkern's layers: replace and restore in place, patch what constructs torch.nn's.
+"""Existing models on seqkern's layers: replace and restore in place, patch what constructs them, compile.
 
 Our layers are subclasses of torch.nn's with the same parameters and attributes, so that a module becomes ours
 by taking our class: it stays the same object, and all that refers to it, or hangs on it, stays as it is.
@@ -132,6 +132,20 @@ def patch() -> Iterator[None]:
         yield
     finally:
         _patched.reset(token)
+
+
+def compile(model: Any = None, **options: Any) -> Any:
+    """torch.compile for models that have an RNN, LSTM or GRU of seqkern.
+
+    Dynamo refuses torch.nn's RNN, LSTM and GRU, and every subclass of theirs, unless
+    torch._dynamo.config.allow_rnn is on. This turns it on, for the whole process and from now on, since later
+    calls may compile again. Models without these layers need nothing but torch.compile.
+
+    Args:     model, options: torch.compile's;  without a model, a decorator
+    Returns:  the compiled model or function
+    """
+    torch._dynamo.config.allow_rnn = True
+    return torch.compile(model, **options)
 
 
 _patched: ContextVar[bool] = ContextVar("seqkern.patch", default=False)

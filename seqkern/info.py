@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -17,6 +19,8 @@ class Info:
     """The answer of `seqkern.info()`; `print` it, or read its fields.
 
     `backends` maps each backend to None where it runs and to the reason where it does not.
+    `serves` maps (device, operation, dtype) to the backend that a free choice gives there;  `eager_because`
+    maps (device, operation) to why it is "eager" in every dtype, where it is.
     """
 
     seqkern: str
@@ -28,6 +32,8 @@ class Info:
     instruction_set: str | None = None
     build: dict[str, object] = field(default_factory=dict)
     cuda: str = ""
+    serves: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    eager_because: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [
@@ -40,7 +46,17 @@ class Info:
         ]
         rows += [(f"  {name}", why_not or "ready") for name, why_not in self.backends.items()]
         rows.insert(6, ("backends", ""))
-        return "\n".join(f"{name:<11} {text}".rstrip() for name, text in rows)
+        return "\n".join([*(f"{name:<11} {text}".rstrip() for name, text in rows), *self._serves_text()])
+
+    def _serves_text(self) -> Iterator[str]:
+        """A table for each device: the backend of every operation and dtype, and why none but eager."""
+        dtypes = list(dict.fromkeys(dtype for _, _, dtype in self.serves))
+        for device in dict.fromkeys(device for device, _, _ in self.serves):
+            yield (f"{f'on {device}':<22}" + "".join(f"{dtype:<10}" for dtype in dtypes)).rstrip()
+            for op in dict.fromkeys(op for place, op, _ in self.serves if place == device):
+                line = f"  {op:<20}" + "".join(f"{self.serves[device, op, dtype]:<10}" for dtype in dtypes)
+                why = self.eager_because.get((device, op))
+                yield (line + (why or "")).rstrip()
 
     def _extension_text(self) -> str:
         if not self.build:
@@ -74,11 +90,39 @@ def _why_no_triton() -> str | None:
     return _backend.WHY_NO_TRITON or (None if torch.cuda.is_available() else "needs a CUDA device")
 
 
+def _serving() -> tuple[dict[tuple[str, str, str], str], dict[tuple[str, str], str]]:
+    """What a free choice gives on each kind of device that is here."""
+    serves: dict[tuple[str, str, str], str] = {}
+    because: dict[tuple[str, str], str] = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for op, backends in _backend.BACKENDS_OF.items():
+            on_triton = "triton" in backends and (device == "cuda" or op == "attention")
+            state: dict[str, Any] = {
+                "missing": _backend.WHY_NO_TRITON if on_triton else _backend.WHY_NO_KERNELS,
+                "no_cuda": _why_no_cuda(),
+            }
+            found = {}
+            for dtype in _DTYPES:
+                in_float32 = op in _backend.CRF and dtype.itemsize == 2
+                computed = torch.float32 if in_float32 else dtype
+                found[dtype] = _backend.choose(op, device, computed, **state)
+            for dtype, backend in found.items():
+                serves[device, op, str(dtype).removeprefix("torch.")] = backend
+            if set(found.values()) == {"eager"}:
+                reasons = [_backend.refusal(b, op, device, torch.float32, **state) for b in backends]
+                because[device, op] = "; ".join(reason for reason in reasons if reason)
+    return serves, because
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def info() -> Info:
     """What runs here, and why the rest does not. Imports no Triton; asks the CUDA driver, if there is one."""
     from seqkern import __version__
 
     extension = _extension._C
+    serves, because = _serving()
     torch_cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     return Info(
         seqkern=__version__,
@@ -95,4 +139,6 @@ def info() -> Info:
         instruction_set=extension.instruction_set() if extension else None,
         build=extension.build_info() if extension else {},
         cuda=extension.cuda_status() if extension else "not asked: needs the compiled extension",
+        serves=serves,
+        eager_because=because,
     )

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,12 +296,40 @@ def test_demo_errors(args, message, tmp_path, capsys):
 
 
 def test_verify(capsys, monkeypatch):
-    rows = {name: compared[:1] for name, compared in verify.layers().items()}
+    timed = verify.timed
+    rows = {name: row._replace(comparisons=row.comparisons[:1]) for name, row in verify.layers().items()}
     monkeypatch.setattr(verify, "layers", lambda: rows)
-    assert verify.main([]) == 0
+    monkeypatch.setattr(verify, "timed", lambda: dict(list(timed().items())[:2]))
+    assert verify.main(["--seconds", "0.01"]) == 0
     printed = capsys.readouterr().out
     assert "everything agrees with torch.nn" in printed
-    assert all(name in printed for name in ["LSTM, proj_size", "GRUCell", "eager", "bfloat16"])
+    assert all(
+        name in printed for name in ["LSTM, proj_size", "GRUCell", "SLSTM", "CRF", "eager", "bfloat16"]
+    )
+    assert not seqkern._extension.AVAILABLE or re.search(
+        r"^LSTM, training +cpu .* ms +[\d.]+ ", printed, re.M
+    )
+
+
+def test_verify_takes_every_time():
+    for name, (comparison, training) in verify.timed().items():
+        found = compare.speed(comparison, training=training, seconds=0, min_rounds=1)
+        assert found.ours > 0 and found.peer > 0, name
+
+
+def test_parity_asks_a_lucky_peer_again(monkeypatch):
+    """Where torch.nn is nearer than can be asked for, its error on problems next door counts."""
+    comparison = compare.recurrent(nn.GRU, seqkern.GRU, (5, 3, 7, 9))
+    honest, asked = compare._peer_errors, []
+
+    def lucky(comparison, peer, inputs, device):
+        errors, exact = honest(comparison, peer, inputs, device)
+        asked.append(1)
+        return (errors if len(asked) > 1 else dict.fromkeys(errors, 0.0)), exact
+
+    monkeypatch.setattr(compare, "_peer_errors", lucky)
+    assert compare.parity(comparison, floor_ulp=1e-3).ok
+    assert len(asked) == 1 + compare.NEARBY
 
 
 def test_verify_fails_where_a_layer_disagrees(capsys, monkeypatch):
@@ -309,17 +338,17 @@ def test_verify_fails_where_a_layer_disagrees(capsys, monkeypatch):
             y, h = super().forward(x, hx)
             return y + 1, h
 
-    monkeypatch.setattr(
-        verify, "layers", lambda: {"RNN": [compare.recurrent(nn.RNN, WrongRNN, (3, 2, 4, 5))]}
-    )
-    assert verify.main([]) == 1
+    wrong = verify.Row("rnn", [compare.recurrent(nn.RNN, WrongRNN, (3, 2, 4, 5))])
+    monkeypatch.setattr(verify, "layers", lambda: {"RNN": wrong})
+    assert verify.main(["--seconds", "0"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED RNN on eager, float32" in printed and "output0: error" in printed
 
 
 def test_instruction_set_is_put_back():
     before = seqkern.info().instruction_set
-    for _, _, isa in verify.places():
+    for place in verify.places():
+        isa = place.instruction_set
         with verify.instruction_set(isa):
             assert isa is None or seqkern.info().instruction_set == isa
     assert seqkern.info().instruction_set == before

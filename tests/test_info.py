@@ -32,6 +32,37 @@ def test_info_names_versions_and_backends() -> None:
     assert set(_backend.BACKENDS) <= set(found.backends)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_info_says_what_serves(dtype: str) -> None:
+    """The table's word is what a call does."""
+    found = seqkern.info()
+    kind = getattr(torch, dtype)
+    lstm, x = seqkern.LSTM(3, 4, dtype=kind), torch.randn(2, 1, 3, dtype=kind)
+    crf, scores = seqkern.CRF(3, dtype=kind), torch.randn(2, 1, 3, dtype=kind)
+    calls = {
+        ("lstm", "seqkern::lstm_forward"): lambda: lstm(x),
+        ("crf", "seqkern::crf_forward"): lambda: crf.log_partition(scores),
+        ("recurrent", "seqkern::recurrent_forward"): lambda: seqkern.MGU(3, 4, dtype=kind)(x),
+    }
+    for (op, operator), call in calls.items():
+        with torch.profiler.profile() as profile, torch.no_grad():
+            call()
+        ran = any(event.key == operator for event in profile.key_averages())
+        assert ran == (found.serves["cpu", op, dtype] == "cpu"), op
+    assert ("cpu", "lstm") not in found.eager_because or found.backends["cpu"] is not None
+
+
+def test_info_says_why_only_eager(monkeypatch) -> None:
+    monkeypatch.setattr(_backend, "WHY_NO_KERNELS", "it was left out")
+    found = seqkern.info()
+    assert found.serves["cpu", "gru", "float32"] == "eager"
+    assert "cpu needs the compiled extension: it was left out" in found.eager_because["cpu", "gru"]
+    assert found.serves["cpu", "attention", "float32"] == "cpu"  # torch's own products
+    assert "  gru                 eager     eager     eager     eager     cpu needs the compiled" in str(
+        found
+    )
+
+
 @needs_extension
 def test_info_names_instruction_sets() -> None:
     found = seqkern.info()

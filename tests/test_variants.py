@@ -540,6 +540,37 @@ def test_no_gradient_passes_a_clip_whatever_the_bound_rounds_to(dtype: torch.dty
         assert (got == 0).equal(expected == 0), clip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("winner", ["past", "new"])
+def test_slstm_knows_its_stabiliser_whatever_rounds_to_one(dtype: torch.dtype, winner: str) -> None:
+    """m = max(past, new): where they are near both exponentials round to 1, and m is one of them still."""
+    if why := why_no_cpu_backend():
+        pytest.skip(why)
+    m_0 = torch.linspace(0.75, 2.0, 400).to(dtype)
+    past = math.log(0.5) + m_0.double()  # f~ = 0
+    step = torch.finfo(dtype).eps * past.abs().clamp(min=2**-4)
+    new = (past + (-step if winner == "past" else step) / 4).to(dtype)
+    near = (new.double() - past).abs() < torch.finfo(dtype).eps / 4
+    right = (new.double() < past) if winner == "past" else (new.double() > past)
+    m_0, new = m_0[near & right], new[near & right]
+    H = len(m_0)
+    assert H > 4
+    bias = torch.cat([new, torch.zeros(3 * H, dtype=dtype)])
+    layer = seqkern.SLSTMCell(1, H, num_heads=1, dtype=dtype)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.zero_()
+        layer.bias_ih.copy_(bias)
+    ones = torch.ones(1, H, dtype=dtype)
+    for backend in ("cpu", "eager"):
+        with seqkern.use_backend(backend):
+            m = layer(torch.zeros(1, 1, dtype=dtype), (ones, ones, ones, m_0[None]))[3]
+        (gradient,) = torch.autograd.grad(m.sum(), [layer.bias_ih])
+        of_new, of_past = gradient[:H], gradient[H : 2 * H]
+        assert (of_new == (winner == "new")).all(), backend
+        assert (of_past == (0.5 if winner == "past" else 0)).all(), backend
+
+
 def test_more_heads_than_the_kernels_take() -> None:
     layer = seqkern.SLSTM(3, 128, num_heads=128)
     x = torch.randn(2, 1, 3)

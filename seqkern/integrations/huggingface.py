@@ -104,7 +104,7 @@ def attention(
         pattern["attn_mask"] = attention_mask[..., :S]
     if position_bias is not None:
         pattern = {"attn_mask": _with_bias(position_bias, pattern, attention_mask, L, S)}
-    out = scaled_dot_product_attention(
+    out: Any = scaled_dot_product_attention(
         *(query, key, value), dropout_p=dropout, scale=scaling, enable_gqa=True, **pattern
     )
     return out.transpose(1, 2).contiguous(), None

@@ -49,6 +49,15 @@ def exporting_to_torchscript_or_onnx() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def refuse_torchscript(module: torch.nn.Module) -> None:
+    """The modules' __prepare_scriptable__, which torch.jit.script calls first."""
+    name = type(module).__name__
+    raise RuntimeError(
+        f"seqkern.{name}: TorchScript is not supported; use torch.compile or torch.export, or script "
+        "torch.nn's module, which seqkern.restore(model) brings back where seqkern.replace made it ours"
+    )
+
+
 def refuse_lengths(lengths: Tensor | None, what: str) -> None:
     if lengths is not None:
         raise ValueError(f"lengths: expected none with {what}, got a tensor")

@@ -35,6 +35,8 @@ class Regularised:
     long as they have their defaults, so that a module without them has nothing that torch.nn's lacks.
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     _cell: str  # its name in seqkern.ops.CELLS
 
     zoneout: float | tuple[float, float] = 0.0
@@ -169,6 +171,8 @@ def plain_params(weights: list[Tensor], bias: bool, projects: bool) -> list[Tens
 
 class _Variant(nn.Module):
     """The parameters of a variant, for layers and cells alike."""
+
+    __prepare_scriptable__ = _base.refuse_torchscript
 
     _cell: str  # its name in seqkern.ops.CELLS
 

@@ -29,6 +29,8 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     num_kv_heads: int | None = None  # of a module that torch.nn's constructor made
 
     def __init__(

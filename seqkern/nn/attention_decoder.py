@@ -62,6 +62,8 @@ class AttentionDecoder(nn.Module):
                 Machine Translation", 2015, sections 3 and 3.3
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def __init__(
         self,
         input_size: int,

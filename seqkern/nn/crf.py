@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkern import ops
+from seqkern.nn import _base
 
 REDUCTIONS = ("none", "sum", "mean", "token_mean")
 
@@ -96,6 +97,8 @@ class CRF(nn.Module):
     IndexError for tags outside 0..K-1 at steps that count. On a GPU values are not looked at: see
     seqkern.ops.crf_log_likelihood.
     """
+
+    __prepare_scriptable__ = _base.refuse_torchscript
 
     def __init__(
         self,

@@ -53,6 +53,8 @@ class QueriedAttention(nn.Module):
     A subclass says how keys and queries are projected (by default they are not) and what is computed of them.
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def forward(
         self,
         query: Tensor,
@@ -310,6 +312,8 @@ class AttentionPooling(nn.Module):
     Source:     Yang et al., "Hierarchical Attention Networks for Document Classification", 2016 (whose word
                 attention has the tanh layer)
     """
+
+    __prepare_scriptable__ = _base.refuse_torchscript
 
     def __init__(
         self, input_dim: int, attention_dim: int | None = None, bias: bool = True, device=None, dtype=None

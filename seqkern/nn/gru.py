@@ -146,6 +146,8 @@ class GRUCell(_Gates, torch.nn.GRUCell):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def __init__(
         self,
         input_size: int,

@@ -110,6 +110,8 @@ class LSTMCell(torch.nn.LSTMCell):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step.
 

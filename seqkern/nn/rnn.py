@@ -111,6 +111,8 @@ class RNNCell(torch.nn.RNNCell):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step.
 

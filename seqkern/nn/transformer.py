@@ -82,6 +82,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoderLayer.html
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def __init__(
         self,
         d_model,
@@ -189,6 +191,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerDecoderLayer.html
     """
+
+    __prepare_scriptable__ = _base.refuse_torchscript
 
     def __init__(
         self,
@@ -363,6 +367,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoder.html
     """
 
+    __prepare_scriptable__ = _base.refuse_torchscript
+
     def __init__(
         self, encoder_layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True
     ) -> None:
@@ -448,6 +454,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerDecoder.html
     """
+
+    __prepare_scriptable__ = _base.refuse_torchscript
 
     def new_cache(self) -> TransformerCache:
         """An empty cache for forward."""
@@ -547,6 +555,8 @@ class Transformer(torch.nn.Transformer):
 
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.Transformer.html
     """
+
+    __prepare_scriptable__ = _base.refuse_torchscript
 
     def __init__(
         self,

@@ -136,7 +136,14 @@ _process_wish: str | None = None
 
 
 def current_wish() -> str | None:
-    """The backend named by the innermost use_backend of this thread, or None."""
+    """The backend named by the innermost use_backend of this thread, or None; in ONNX export, which knows
+    none of the kernels' operators, "eager"."""
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return "eager"
+    return _innermost_wish()
+
+
+def _innermost_wish() -> str | None:
     if torch.compiler.is_compiling():
         if _process_wish == AMBIGUOUS:
             raise RuntimeError("use_backend: under torch.compile all threads must name the same backend")
@@ -156,7 +163,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:   ValueError: name is no backend
     """
     _known(name)
-    previous = current_wish()
+    previous = _innermost_wish()
     _wish_for(name)
     try:
         yield
