@@ -1,5 +1,6 @@
 """seqkern.train: options, schedules, the loop, checkpoints, resumption, on tasks of a few dozen sequences."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -413,10 +414,12 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     def fails(state, file):
         file.write(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(
+        CheckpointError, match=r"x.pt could not be written: no space left on device; an older"
+    ):
         checkpoint.save(path, {"a": 2})
     assert checkpoint.load(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ FORMAT = "seqkern checkpoint 1"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut short, or not one of ours; the message says which."""
+    """A checkpoint that is missing, cut short, not one of ours, or cannot be written; the message says which."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -24,19 +25,47 @@ def save(path: Path, state: dict[str, Any]) -> None:
     `path` is the old checkpoint or the new one.
 
     Raises:   TypeError: a value that a weights-only load would refuse, with its place
+              CheckpointError: the disk is full or refuses; what was at `path` still is
     """
     _check_plain(state, "state")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            _save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint: {path} could not be written: {error.strerror or error}; an older one there is whole"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save, whose own word for a write that failed does not say why."""
+    failures = []
+
+    class Writer:
+        flush = file.flush
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failures.append(error)
+                raise
+
+    try:
+        torch.save(state, Writer())
+    except RuntimeError:
+        if failures:
+            raise failures[0] from None
+        raise
 
 
 def sync_folder(path: Path) -> None:
