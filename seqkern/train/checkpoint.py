@@ -15,7 +15,7 @@ FORMAT = "seqkern checkpoint 1"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut short, not one of ours, or cannot be written; the message says which."""
+    """A checkpoint missing, cut short, not one of ours, or not to be written; the message says which."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
