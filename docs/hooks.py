@@ -1,6 +1,6 @@
 """What mkdocs is told about the pages beyond mkdocs.yml: measured results, and links into the repository.
 
-A link from a page to a file of the repository, such as ../csrc/cell.h, leads on the site to a copy of the file
+A link from a page to a file of the repository, such as ../csrc/cell.h, leads on the site to a copy of it
 below repository/: Markdown and sources as pages, anything else as it is. So the pages read the same on the
 site and in a checkout, and the site needs nothing but itself. In results.md two comments, `speed` and
 `recipes`, stand for what bench/results/ gives.
