@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | sanitize | build | clean
+# make demo | test | test-all | bench | docs | lint | sanitize | build | clean
 #
 # The first target that you ask for makes .venv, installs the pinned tools and builds the extension; after that, only what
 # changed is done again. PYTHON chooses the interpreter that .venv is made with.
@@ -15,7 +15,7 @@ BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.seqkern-built
 
-.PHONY: demo test test-all bench lint sanitize build clean
+.PHONY: demo test test-all bench docs lint sanitize build clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -34,6 +34,11 @@ test-all: $(BUILT)
 bench: $(BUILT)
 	$(PY) -m pytest -q bench --benchmark
 	$(PY) -m bench.report
+
+# The site, in build/site. The tools have installed seqkern itself, so that this adds the extra's packages alone.
+docs: $(TOOLS)
+	$(PIP) install --quiet -c constraints.txt 'seqkern[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(TOOLS)
 	$(VENV)/bin/ruff check

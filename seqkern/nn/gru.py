@@ -54,17 +54,15 @@ class GRU(_Gates, _recurrent.Regularised, torch.nn.GRU):  # type: ignore[overrid
     """torch.nn.GRU on seqkern's kernels: same constructor, parameters, results and gradients.
 
     Construct:  GRU(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-                bidirectional=False,
-                device=None, dtype=None), and by keyword reset_after=True, update_gate="keep" (or "replace"),
-                and what regularises the recurrence: seqkern.nn.Regularised
+                bidirectional=False, device=None, dtype=None), and by keyword reset_after=True,
+                update_gate="keep" (or "replace"), and what regularises the recurrence: seqkern.nn.Regularised
     Call:       output, h_n = gru(input, h_0, lengths=lengths, reset=reset)
 
     reset_after=False: the reset gate before the product, n = tanh(W_in x + b_in + W_hn (r * h) + b_hn).
     update_gate="replace": h = (1 - z) * h + z * n.
 
     TorchScript is not supported; tracing and ONNX export run torch.nn's own forward.
-    Under torch.compile set torch._dynamo.config.allow_rnn = True, which Dynamo asks of every subclass of
-    torch.nn.GRU.
+    Compile with seqkern.compile, which turns on what Dynamo asks for every subclass of torch.nn.GRU.
 
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """

@@ -12,14 +12,12 @@ class LSTM(_recurrent.Regularised, torch.nn.LSTM):
     """torch.nn.LSTM on seqkern's kernels: same constructor, parameters, results and gradients.
 
     Construct:  LSTM(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-                bidirectional=False,
-                proj_size=0, device=None, dtype=None), and by keyword what regularises the recurrence:
-                seqkern.nn.Regularised
+                bidirectional=False, proj_size=0, device=None, dtype=None), and by keyword what regularises
+                the recurrence: seqkern.nn.Regularised
     Call:       output, (h_n, c_n) = lstm(input, (h_0, c_0), lengths=lengths, reset=reset)
 
     TorchScript is not supported; tracing and ONNX export run torch.nn's own forward.
-    Under torch.compile set torch._dynamo.config.allow_rnn = True, which Dynamo asks of every subclass of
-    torch.nn.LSTM.
+    Compile with seqkern.compile, which turns on what Dynamo asks for every subclass of torch.nn.LSTM.
 
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """

@@ -12,14 +12,12 @@ class RNN(_recurrent.Regularised, torch.nn.RNN):
     """torch.nn.RNN on seqkern's kernels: same constructor, parameters, results and gradients.
 
     Construct:  RNN(input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
-                dropout=0.0,
-                bidirectional=False, device=None, dtype=None), and by keyword what regularises the
-                recurrence: seqkern.nn.Regularised
+                dropout=0.0, bidirectional=False, device=None, dtype=None), and by keyword what regularises
+                the recurrence: seqkern.nn.Regularised
     Call:       output, h_n = rnn(input, h_0, lengths=lengths, reset=reset)
 
     TorchScript is not supported; tracing and ONNX export run torch.nn's own forward.
-    Under torch.compile set torch._dynamo.config.allow_rnn = True, which Dynamo asks of every subclass of
-    torch.nn.RNN.
+    Compile with seqkern.compile, which turns on what Dynamo asks for every subclass of torch.nn.RNN.
 
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """

@@ -154,7 +154,7 @@ def _innermost_wish() -> str | None:
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every seqkern operation of this thread on the backend `name`, "eager", "cpu", "cuda" (recurrent
-    layers) or "triton" (attention, CRF); None frees the choice.
+    layers) or "triton" (attention, additive attention, CRF); None frees the choice.
 
     A named backend runs or raises RuntimeError with the reason; it never changes quietly. An operation's own
     `backend=` wins over this. Code under torch.compile follows it too, recompiled for each backend, in all

@@ -34,8 +34,7 @@ def lstm(
         input: [T, B, I], time first, any strides; with batch_sizes the data [N, I] of a PackedSequence
         hx: (h_0 [L*D, B, P], c_0 [L*D, B, H]), P = proj_size or H; None for zeros
         params: per layer and direction w_ih [4H, I or D*P], w_hh [4H, P], with biases b_ih [4H], b_hh [4H],
-            with a projection
-            w_hr [P, H]: torch.nn's order; gates in the order i, f, g, o
+            with a projection w_hr [P, H]: torch.nn's order; gates in the order i, f, g, o
         lengths: [B] integers in 0..T on input's device: row b has lengths[b] steps. Later outputs are zero,
             the reverse direction starts at the last valid step, and h_n, c_n are those after it (h_0, c_0
             where the length is 0). On a GPU, where nobody looks, others are clamped to 0..T
