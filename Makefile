@@ -4,6 +4,7 @@
 # changed is done again. PYTHON chooses the interpreter that .venv is made with.
 
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -35,9 +36,9 @@ bench: $(BUILT)
 	$(PY) -m pytest -q bench --benchmark
 	$(PY) -m bench.report
 
-# The site, in build/site. The tools have installed seqkern itself, so that this adds the extra's packages alone.
+# The site, in build/site.
 docs: $(TOOLS)
-	$(PIP) install --quiet -c constraints.txt 'seqkern[docs]'
+	$(PIP) install --quiet --require-hashes --no-deps -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(TOOLS)
@@ -51,10 +52,12 @@ build: $(BUILT)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-# torch and the build tools first: building without isolation needs them in place.
-$(TOOLS): constraints.txt pyproject.toml | $(PY)
-	$(PIP) install --quiet -c constraints.txt torch setuptools wheel cmake ninja
-	SEQKERN_EXTENSION=off $(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+# Everything by its hash but torch, whose file differs by platform. `pip check` finds what the list has not.
+$(TOOLS): requirements/dev.txt pyproject.toml | $(PY)
+	$(PIP) install --quiet --require-hashes --no-deps -r requirements/dev.txt
+	$(PIP) install --quiet $(TORCH)
+	SEQKERN_EXTENSION=off $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	$(PIP) check
 	touch $@
 
 $(BUILT): $(TOOLS) $(BUILD_INPUTS)

@@ -540,7 +540,7 @@ def test_no_gradient_passes_a_clip_whatever_the_bound_rounds_to(dtype: torch.dty
         assert (got == 0).equal(expected == 0), clip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("winner", ["past", "new"])
 def test_slstm_knows_its_stabiliser_whatever_rounds_to_one(dtype: torch.dtype, winner: str) -> None:
     """m = max(past, new): where they are near both exponentials round to 1, and m is one of them still."""
