@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import attention, cases, crf, encoder_decoder, limits, store, variants
+from bench import attention, cases, crf, encoder_decoder, huggingface, limits, store, variants
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -468,6 +468,27 @@ def encoder_decoder_table(results: Results) -> str:
     return table(head, rows) if rows else ""
 
 
+def huggingface_table(results: Results) -> str:
+    """Hugging Face models, by their attention."""
+    rows = []
+    for case in huggingface.CASES:
+        row: list[str] = []
+        for mode in ("forward", "training"):
+            entry = results.kinds["attention"].get(f"{huggingface.FAMILY}-float32-{case.name}-{mode}")
+            for peer in huggingface.PEERS:
+                if entry is None:
+                    row.append("")
+                    continue
+                ratio = entry["peers"][peer]["median"] / entry["seqkern"]["median"]
+                goal = huggingface.TARGET if case.padded and peer == "sdpa" else None
+                row.append(verdict_cell(ratio, goal))
+        if any(row):
+            rows.append([case.describe(), *row])
+    parts = [f"{part}, to {peer}" for part in ("fwd", "fwd+bwd") for peer in huggingface.PEERS]
+    head = ["Hugging Face models of two layers (B, L, E, N)", *parts]
+    return table(head, rows) if rows else ""
+
+
 def crf_table(results: Results) -> str:
     """The conditional random field against pytorch-crf."""
     found, rows = results.kinds["crf"], []
@@ -554,6 +575,7 @@ def machine_section(results: Results) -> str:
         attention_table(results),
         attention_functions(results),
         encoder_decoder_table(results),
+        huggingface_table(results),
         crf_table(results),
         variants_table(results),
         f"![Speed relative to torch.nn, by case]({page}/speed.png)",
