@@ -1,12 +1,15 @@
 // A linear-chain conditional random field: log-likelihood, its gradient, the best sequences.
 //
-//   forward    a_t[j] = log sum_i exp(a_{t-1}[i] + trans[i][j]) + s_t[j]       log Z = log sum_i
-//   exp(a_last[i] + end[i]) backward   q_last = softmax(a_last + end)      p(i | j) =
-//   exp(a_{t-1}[i] + trans[i][j]) / sum over i
-//              q_{t-1}[i] = sum_j p(i | j) q_t[j]         dtrans[i][j] = sum_t p(i | j) q_t[j]
-//              demissions_t = q_t
-//   best       v_t[j] = max_i (v_{t-1}[i] + trans[i][j] + s_t[j]), traced back by finding the i of
-//   each maximum again
+//   forward    a_t[j] = log sum_i exp(a_{t-1}[i] + trans[i][j]) + s_t[j]
+//              log Z = log sum_i exp(a_last[i] + end[i])
+//
+//   backward   q_last = softmax(a_last + end)
+//              p(i | j) = exp(a_{t-1}[i] + trans[i][j]) / sum over i
+//              q_{t-1}[i] = sum_j p(i | j) q_t[j]
+//              dtrans[i][j] = sum_t p(i | j) q_t[j]          demissions_t = q_t
+//
+//   best       v_t[j] = max_i (v_{t-1}[i] + trans[i][j] + s_t[j])
+//              traced back by finding the i of each maximum again
 //
 // Each step's a is kept less its maximum, which goes into a double: so no digit is lost to the
 // length of a sequence. With x = exp(a_{t-1}) <= 1, the columns' maxima m[j] = max_i trans[i][j]
