@@ -4,7 +4,10 @@ seqkern.LSTM, GRU, RNN, their cells, MultiHeadAttention and the Transformer's la
 constructors, parameters, results and gradients.
 """
 
+from __future__ import annotations
+
 import warnings
+from typing import TYPE_CHECKING, Any
 
 from seqkern import _extension, nn, ops, reference
 from seqkern.adoption import compile, patch, replace, restore
@@ -57,6 +60,9 @@ from seqkern.nn import (
 )
 from seqkern.ops import scaled_dot_product_attention, use_backend, varlen_attention
 from seqkern.plan import plan
+
+if TYPE_CHECKING:
+    from seqkern.triton import Config
 
 __version__ = "0.1.0"
 
@@ -122,7 +128,7 @@ __all__ = [
 ]
 
 
-def tune(*problem, **options):
+def tune(*problem: Any, **options: Any) -> dict[str, Config]:
     """Search the fastest tiles of attention's Triton kernels for a problem on the current GPU; store them.
 
     Arguments, result and errors: seqkern.triton.tune, which loads Triton.

@@ -12,6 +12,7 @@ import mmap
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # first: the extension uses the libraries that torch loads, libgomp included
 
@@ -65,5 +66,6 @@ def _load(package: Path, torch_version: str) -> tuple[ModuleType | None, str | N
         return None, f"the extension does not load ({error}): reinstall seqkern"
 
 
+_C: Any  # the module, or None
 _C, WHY_NOT = _load(Path(__file__).parent, torch.__version__)
 AVAILABLE = _C is not None

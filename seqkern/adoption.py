@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from torch.nn.utils import parametrize
 
 from seqkern import nn as ours
 from seqkern.nn import _recurrent
+
+F = TypeVar("F", bound=Callable[..., Any])  # a model or a function
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: ours.RNN,
@@ -80,12 +82,13 @@ def replace(model: nn.Module) -> Report:
     for name, module in _modules(model):
         kind = _plain_class(module)
         target = _counterpart(kind)
-        if target is not None and (why := _why_left(module)) is None:
+        why = _why_not_torchs(module, kind) if target is None else _why_left(module)
+        if why is not None:
+            report.skipped.append((name, _name(kind), why))
+        elif target is not None:
             setattr(module, _MARK, kind)
             _set_class(module, kind, target)
             report.changed.append((name, _name(kind), _name(target)))
-        elif target is not None or (why := _why_not_torchs(module, kind)) is not None:
-            report.skipped.append((name, _name(kind), why))
     return report
 
 
@@ -132,6 +135,14 @@ def patch() -> Iterator[None]:
         yield
     finally:
         _patched.reset(token)
+
+
+@overload
+def compile(model: None = None, **options: Any) -> Callable[[F], F]: ...
+
+
+@overload
+def compile(model: F, **options: Any) -> F: ...
 
 
 def compile(model: Any = None, **options: Any) -> Any:

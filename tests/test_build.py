@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,110 @@ def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
         "assert not users, users",
         cwd=tmp_path,
     )
+
+
+# What a user's program is told of the types, torch itself being unknown to the checker: Any.
+TYPED = """
+import torch
+from torch import Tensor
+from typing_extensions import assert_type
+
+import seqkern
+from seqkern import models, text
+
+States = tuple[Tensor, Tensor]
+x = torch.randn(5, 2, 8)
+
+lstm = seqkern.LSTM(8, 8, batch_first=True, zoneout=0.1)
+assert_type(lstm(x), tuple[Tensor, States])
+assert_type(lstm.forward(x, lengths=torch.tensor([5, 2])), tuple[Tensor, States])
+assert_type(seqkern.GRU(8, 8, reset_after=False)(x), tuple[Tensor, Tensor])
+assert_type(seqkern.RNN(8, 8, nonlinearity="relu")(x), tuple[Tensor, Tensor])
+assert_type(seqkern.LSTMCell(8, 8)(x[0], (x[0], x[0])), States)
+assert_type(seqkern.PeepholeLSTM(8, 8)(x)[0], Tensor)
+
+attention, cache = seqkern.MultiHeadAttention(8, 2, num_kv_heads=1), seqkern.KeyValueCache()
+assert_type(attention(x, x, x), tuple[Tensor, Tensor | None])
+assert_type(attention(x, x, x, cache=cache), tuple[Tensor, Tensor | None, seqkern.KeyValueCache])
+layer = seqkern.TransformerEncoderLayer(8, 2, activation="gelu")
+assert_type(layer(x, is_causal=True), Tensor)
+assert_type(layer(x, cache=cache), tuple[Tensor, seqkern.KeyValueCache])
+stack = seqkern.TransformerDecoder(seqkern.TransformerDecoderLayer(8, 2), 2)
+assert_type(stack(x, None, cache=stack.new_cache()), tuple[Tensor, seqkern.TransformerCache])
+
+assert_type(seqkern.scaled_dot_product_attention(x, x, x, is_causal=True), Tensor)
+assert_type(seqkern.scaled_dot_product_attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
+
+crf = seqkern.CRF(3, constraints=seqkern.bio_constraints(["O", "B-PER", "I-PER"]))
+assert_type(crf.decode(x), list[list[int]])
+assert_type(crf.decode(x, return_scores=True), tuple[list[list[int]], Tensor])
+assert_type(crf.decode(x, nbest=2, return_scores=True), tuple[Tensor, Tensor])
+
+attend, decoder = seqkern.LuongAttention(8), seqkern.AttentionDecoder(8, 8)
+assert_type(attend(x, x), tuple[Tensor, Tensor])
+assert_type(decoder(x, x), tuple[Tensor, seqkern.DecoderState, Tensor, Tensor])
+
+vocabulary = text.Vocabulary.build([["a", "b"]])
+assert_type(vocabulary.encode(["a"]), list[int])
+assert_type(models.scheduled_sampling(1, 10), float)
+tagger = models.BiLSTMCRF(len(vocabulary), 3, 8, 8)
+with seqkern.patch(), seqkern.use_backend("cpu"):
+    report = seqkern.replace(tagger)
+assert_type(report.changed, list[tuple[str, str, str]])
+assert_type(seqkern.compile(tagger), models.BiLSTMCRF)
+assert_type(seqkern.info().backends["cpu"], str | None)
+assert_type(seqkern.plan("lstm", steps=9, batch=2, hidden=8), str)
+"""
+# Each line is wrong, and what the checker must call it stands behind it.
+MISTYPED = """
+import seqkern
+from seqkern import models, text
+from torch import Tensor
+x = Tensor()
+seqkern.LSTM(3, "4")  # arg-type
+seqkern.GRU(3, 4, zoneot=0.1)  # call-arg
+seqkern.LSTM(3, 4)(x, length=x)  # call-overload
+y: int = seqkern.GRU(3, 4)(x)  # assignment
+print(seqkern.KeyValueCache().size)  # attr-defined
+seqkern.scaled_dot_product_attention(x, x, x, causal_alignment=1)  # call-overload
+seqkern.CRF("5")  # arg-type
+seqkern.CRF(5).decode(x)[0].lower()  # attr-defined
+seqkern.use_backend(3)  # arg-type
+seqkern.replace()  # call-arg
+models.RNNTagger(9, 3, 8, "8")  # arg-type
+text.Vocabulary.build([[1]])  # list-item
+"""
+
+
+def test_types_reach_the_user(package_copy: Path) -> None:
+    """The package as installed, beside no torch: a second instead of twenty."""
+    pytest.importorskip("mypy")
+    venv.create(package_copy / "venv", symlinks=True)
+    (site,) = package_copy.glob("venv/lib/python*/site-packages")
+    shutil.move(package_copy / "seqkern", site)
+    (package_copy / "right.py").write_text(TYPED)
+    (package_copy / "wrong.py").write_text(MISTYPED)
+    (package_copy / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\n[mypy-torch.*]\nignore_missing_imports = true\n"
+    )
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--no-error-summary", "--hide-error-context"),
+            *("--python-executable", "venv/bin/python", "right.py", "wrong.py"),
+        ],
+        cwd=package_copy,
+        env={name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")},
+        text=True,
+        capture_output=True,
+    )
+    errors = [line for line in run.stdout.splitlines() if ": error: " in line]
+    found = {(error.split(": error: ")[0], error.rpartition("[")[2].rstrip("]")) for error in errors}
+    wanted = {
+        (f"wrong.py:{number}", line.partition("  # ")[2])
+        for number, line in enumerate(MISTYPED.splitlines(), 1)
+        if "  # " in line
+    }
+    assert found == wanted, run.stdout + run.stderr
 
 
 @needs_extension_file
@@ -176,6 +281,7 @@ def test_install_without_extension(variable: str, value: str, reason: str, tmp_p
     assert install.returncode == 0, log
     assert f"installed without its compiled kernels (eager backend only): {reason}" in log
     assert not list((target / "seqkern").glob("_C.*"))
+    assert (target / "seqkern" / "py.typed").is_file()
     run = python(
         "import seqkern, torch; print(seqkern.__file__)\n"
         "print(seqkern.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape)\n"

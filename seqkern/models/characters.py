@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import seqkern.nn
 from seqkern.models import _layers
+from seqkern.ops._attention import valid_from_lengths
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class CharacterEncoder(nn.Module):
 
     def _convolve(self, x: Tensor, lengths: Tensor) -> Tensor:
         """The maximum over the word of relu(convolution), the word between zeros."""
-        valid = _layers.valid_from_lengths(lengths, x.shape[1]).unsqueeze(2)
+        valid = valid_from_lengths(lengths, x.shape[1]).unsqueeze(2)
         x = torch.where(valid, x, 0).transpose(1, 2)  # [B * T, embed_dim, C]
         maps = []
         for convolution in self.convolutions:

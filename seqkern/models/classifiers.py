@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import seqkern.nn
 from seqkern.models import _layers
+from seqkern.ops._attention import valid_from_lengths
 
 
 class RNNClassifier(nn.Module):
@@ -499,5 +500,5 @@ class EmbeddingModel(nn.Module):
         vectors = self.embedding(context)
         if lengths is None:
             return vectors.mean(1)
-        valid = _layers.valid_from_lengths(lengths, context.shape[1]).unsqueeze(2)
+        valid = valid_from_lengths(lengths, context.shape[1]).unsqueeze(2)
         return torch.where(valid, vectors, 0).sum(1) / lengths.clamp(min=1).unsqueeze(1)

@@ -39,10 +39,10 @@ class Hypotheses(NamedTuple):
         longest = int(lengths.max()) if len(lengths) else 0
         return Hypotheses(self.ids[:, 0, :longest], lengths, self.log_probs[:, 0], self.scores[:, 0])
 
-    def tolist(self, eos_index: int | None) -> list:
+    def tolist(self, eos_index: int | None) -> list[Any]:
         """The ids without <eos> and padding: a list for each sequence, nested as the shapes are."""
 
-        def without_padding(ids: list, lengths: Any) -> list:
+        def without_padding(ids: list[Any], lengths: Any) -> list[Any]:
             if isinstance(lengths, list):
                 return [without_padding(*pair) for pair in zip(ids, lengths, strict=True)]
             ended = lengths and ids[lengths - 1] == eos_index
@@ -263,7 +263,7 @@ class _Best:
 
     def add(self, rows: Tensor, ids: Tensor, log_probs: Tensor, length: int) -> None:
         """rows: [A];  ids: [A, n, length];  log_probs: [A, n], -inf where there is no hypothesis."""
-        if self.log_probs is None:
+        if self.log_probs is None or self.scores is None:
             self.log_probs = torch.full(self.lengths.shape, -torch.inf, device=rows.device).to(log_probs)
             self.scores = self.log_probs.clone()
         valid = log_probs > -torch.inf
@@ -288,6 +288,7 @@ class _Best:
         # log p only falls, so that what lives can score at most this, at its longest or, where shorter ones
         # are favoured, at its next step.
         reach = self.max_len if self.length_penalty >= 0 else length + 1
+        assert self.scores is not None  # as something was added
         return nothing_lives | (self.scores[rows, n_best - 1] >= likeliest / reach**self.length_penalty)
 
     def hypotheses(self, n_best: int) -> Hypotheses:

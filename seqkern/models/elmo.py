@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import seqkern.nn
 from seqkern.models import _layers
 from seqkern.models.characters import CharacterEncoder, CharacterOptions
+from seqkern.ops._attention import valid_from_lengths
 
 
 class BidirectionalLanguageModel(nn.Module):
@@ -80,7 +81,7 @@ class BidirectionalLanguageModel(nn.Module):
         if lengths is None:
             predicted = torch.ones_like(words[:, 1:], dtype=torch.bool)
         else:  # the pairs of neighbours of which both are valid
-            predicted = _layers.valid_from_lengths(lengths - 1, words.shape[1] - 1)
+            predicted = valid_from_lengths(lengths - 1, words.shape[1] - 1)
         losses = [
             nn.functional.cross_entropy(
                 self.fc(self.dropout(y[predicted])), target[predicted], reduction="sum"
@@ -96,7 +97,7 @@ class BidirectionalLanguageModel(nn.Module):
         stacked = torch.stack([torch.cat(pair, dim=2) for pair in zip(ahead, back, strict=True)])
         if lengths is None:
             return stacked
-        return torch.where(_layers.valid_from_lengths(lengths, chars.shape[1]).unsqueeze(2), stacked, 0)
+        return torch.where(valid_from_lengths(lengths, chars.shape[1]).unsqueeze(2), stacked, 0)
 
     def _outputs(self, chars: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """The words' vectors and each layer's output, [B, T, P], in both directions."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class LuongAttention(nn.Module):
         Returns:  weights: [B, S];  context: [B, H]
         """
         query, keys = decoder_hidden.unsqueeze(1), encoder_outputs
-        padding = dict(lengths=lengths, backend=self._backend)
+        padding: dict[str, Any] = dict(lengths=lengths, backend=self._backend)
         if self.method == "concat":
             of_query, of_key = self.W.weight.split(self.hidden_size, dim=1)
             context, weights = ops.additive_attention(

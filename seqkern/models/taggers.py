@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import seqkern.nn
 from seqkern.models import _layers
 from seqkern.models.characters import CharacterEncoder, CharacterOptions
+from seqkern.ops._attention import valid_from_lengths
 
 
 class RNNTagger(nn.Module):
@@ -59,8 +60,9 @@ class RNNTagger(nn.Module):
         self.embedding = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
         self.characters = None if chars is None else CharacterEncoder(chars, layers=layers)
         self.dropout = nn.Dropout(dropout)
+        input_size = embed_dim + (0 if self.characters is None else self.characters.output_size)
         self.rnn = _layers.make(
-            *(layers, cell, embed_dim + (0 if chars is None else self.characters.output_size), hidden_size),
+            *(layers, cell, input_size, hidden_size),
             num_layers=num_layers,
             batch_first=True,
             dropout=dropout if num_layers > 1 else 0.0,
@@ -188,7 +190,7 @@ def _valid_tags(tags: Tensor, lengths: Tensor | None, fill: int) -> Tensor:
     """tags [B, T] with `fill` beyond the lengths."""
     if lengths is None:
         return tags
-    return torch.where(_layers.valid_from_lengths(lengths, tags.shape[1]), tags, fill)
+    return torch.where(valid_from_lengths(lengths, tags.shape[1]), tags, fill)
 
 
 def _cut(rows: list[list[int]], lengths: Tensor | None) -> list[list[int]]:

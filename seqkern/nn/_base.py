@@ -6,10 +6,13 @@ new.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+Device: TypeAlias = "torch.device | str | int | None"  # what torch's constructors take
 
 
 def flat_weights(module: torch.nn.RNNBase) -> list[Tensor]:
@@ -84,7 +87,7 @@ def as_state(hx: Tensor, batched: bool) -> Tensor:
     return hx if batched else hx.unsqueeze(1)
 
 
-def as_states(op: str, names: Sequence[str], hx, batched: bool) -> tuple[Tensor, ...]:
+def as_states(op: str, names: Sequence[str], hx: Any, batched: bool) -> tuple[Tensor, ...]:
     """The states of a cell that carries several, ("h", "c") or more, as [L*D, B, .], with torch.nn's
     exceptions."""
     letters = f"({', '.join(f'{name}_0' for name in names)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from seqkern.ops import _cells
 from seqkern.ops.recurrent import Regularisers
 
 REGULARISERS = Regularisers._fields
+
+
+class RegulariserOptions(TypedDict, total=False):
+    """The keywords that Regularised describes."""
+
+    zoneout: float | tuple[float, float]
+    recurrent_dropout: float
+    variational_dropout: float
+    weight_dropout: float
+    cell_clip: float | None
+    proj_clip: float | None
 
 
 class Regularised:
@@ -182,7 +193,9 @@ class _Variant(nn.Module):
     layer_norm_eps: float = 1e-5
     num_heads: int = 1
 
-    def _build(self, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any) -> None:
+    def _build(
+        self, input_size: int, hidden_size: int, bias: bool, device: _base.Device, dtype: torch.dtype | None
+    ) -> None:
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             if not isinstance(size, int):
                 raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
@@ -271,8 +284,8 @@ class RecurrentLayer(Regularised, _Variant):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
         **regularisers: Any,
     ) -> None:
         if unknown := regularisers.keys() - set(REGULARISERS):
@@ -319,6 +332,26 @@ class RecurrentLayer(Regularised, _Variant):
                 text += f", {name}={value}"
         return text + "".join(self._changed("num_heads", "layer_norm_eps", *REGULARISERS))
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Any]: ...
+
+    @overload
+    def forward(  # type: ignore[overload-cannot-match]  # as torch is skipped, and with it the difference
+        self,
+        input: PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, Any]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -326,7 +359,7 @@ class RecurrentLayer(Regularised, _Variant):
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tensor | PackedSequence, Any]:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -348,6 +381,9 @@ class RecurrentLayer(Regularised, _Variant):
         """
         return run(self, self._params(), input, hx, lengths, reset, **self._options())
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class RecurrentCell(_Variant):
     """The base of the variants' cells: one step of the layer's.
@@ -363,8 +399,8 @@ class RecurrentCell(_Variant):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         cell_clip: float | None = None,
     ) -> None:
@@ -407,3 +443,6 @@ class RecurrentCell(_Variant):
         if not batched:
             new = tuple(s.squeeze(0) for s in new)
         return new[0] if len(names) == 1 else new
+
+    if TYPE_CHECKING:
+        __call__ = forward

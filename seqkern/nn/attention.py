@@ -1,5 +1,10 @@
 """MultiHeadAttention: torch.nn's module on seqkern.ops.multi_head_attention."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -35,17 +40,17 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
 
     def __init__(
         self,
-        embed_dim,
-        num_heads,
-        dropout=0.0,
-        bias=True,
-        add_bias_kv=False,
-        add_zero_attn=False,
-        kdim=None,
-        vdim=None,
-        batch_first=False,
-        device=None,
-        dtype=None,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         num_kv_heads: int | None = None,
     ) -> None:
@@ -70,12 +75,14 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         )
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads != num_heads:
-            self._shrink_keys_and_values(device, dtype)
+            self._shrink_keys_and_values(self.num_kv_heads, device, dtype)
             self._reset_parameters()
 
-    def _shrink_keys_and_values(self, device, dtype) -> None:
+    def _shrink_keys_and_values(
+        self, num_kv_heads: int, device: _base.Device, dtype: torch.dtype | None
+    ) -> None:
         """Parameters with num_kv_heads heads of keys and values in place of num_heads."""
-        width = self.num_kv_heads * self.head_dim
+        width = num_kv_heads * self.head_dim
 
         def new(*shape: int) -> Parameter:
             return Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -93,6 +100,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         few = self.num_kv_heads not in (None, self.num_heads)
         return f"num_kv_heads={self.num_kv_heads}" if few else ""
 
+    @overload
     def forward(
         self,
         query: Tensor,
@@ -107,12 +115,55 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         lengths: Tensor | None = None,
         query_padding_mask: Tensor | None = None,
         query_lengths: Tensor | None = None,
+        cache: None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
+        query_lengths: Tensor | None = None,
+        cache: KeyValueCache,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, KeyValueCache]: ...
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
+        query_lengths: Tensor | None = None,
         cache: KeyValueCache | None = None,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
-    ):
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, KeyValueCache]:
         """Attend to key and value.
 
         Args:
@@ -143,6 +194,7 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
         packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if _all_none(*extras, *packed) and _base.exporting_to_torchscript_or_onnx():
             if is_causal and attn_mask is None:
+                assert key is not None  # which may be missing beside a cache alone
                 steps = 1 if self.batch_first and query.dim() == 3 else 0
                 attn_mask = torch.ones(
                     query.shape[steps], key.shape[steps], dtype=torch.bool, device=query.device
@@ -194,6 +246,9 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             output = output.squeeze(dim)
             weights = None if weights is None else weights.squeeze(0)
         return (output, weights) if cache is None else (output, weights, cache)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _weights(self) -> Weights:
         return Weights(
@@ -267,7 +322,9 @@ def _all_none(*arguments: object) -> bool:
     return all(x is None for x in arguments)
 
 
-def _map_distinct(function, query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor | None]:
+def _map_distinct(
+    function: Callable[[Any], Any], query: Tensor, key: Tensor | None, value: Tensor | None
+) -> list[Any]:
     """The function of each tensor; what was one tensor stays one."""
     done: dict[int, Tensor] = {}
     for x in (query, key, value):
@@ -299,7 +356,7 @@ def _batched(
         )
     if attn_mask is not None and attn_mask.dim() not in (2, 3):
         raise AssertionError(f"attn_mask: expected 2-D or 3-D, got {tuple(attn_mask.shape)}")
-    if not batched and attn_mask is not None and attn_mask.dim() == 3:
+    if not batched and attn_mask is not None and attn_mask.dim() == 3 and key is not None:
         expected = (num_heads, query.shape[0], key.shape[0])
         if attn_mask.shape != expected:
             raise AssertionError(

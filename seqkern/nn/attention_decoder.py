@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class AttentionDecoder(nn.Module):
         attention_dim: int | None = None,
         bias: bool = True,
         batch_first: bool = False,
-        device=None,
-        dtype=None,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if cell not in ("lstm", "gru"):
@@ -98,7 +98,11 @@ class AttentionDecoder(nn.Module):
             self.combine = nn.Linear(self.value_dim + hidden_size, hidden_size, False, device, dtype)
 
     def _make_attention(
-        self, attention: str | QueriedAttention, attention_dim: int | None, device, dtype
+        self,
+        attention: str | QueriedAttention,
+        attention_dim: int | None,
+        device: _base.Device,
+        dtype: torch.dtype | None,
     ) -> QueriedAttention:
         if isinstance(attention, QueriedAttention):
             return attention
@@ -247,3 +251,6 @@ class AttentionDecoder(nn.Module):
             lengths=keys.lengths,
         )
         return output, DecoderState(*last) if lstm else DecoderState(last), context, weights
+
+    if TYPE_CHECKING:
+        __call__ = forward

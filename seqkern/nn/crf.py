@@ -1,7 +1,7 @@
 """A linear-chain conditional random field with pytorch-crf's API, and constraints on its tags."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class CRF(nn.Module):
         batch_first: bool = False,
         *,
         constraints: Sequence[Tensor] | None = None,
-        device: Any = None,
+        device: _base.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if num_tags <= 0:
@@ -122,7 +122,7 @@ class CRF(nn.Module):
             self.register_buffer(f"_allowed_{name}", tensor, persistent=False)
         self.reset_parameters()
 
-    def _check(self, constraints: Sequence[Tensor], device: Any) -> list[Tensor]:
+    def _check(self, constraints: Sequence[Tensor], device: _base.Device) -> list[Tensor]:
         if len(constraints) != 3:
             raise ValueError(f"constraints: expected start, end, transitions, got {len(constraints)} tensors")
         K = self.num_tags
@@ -178,6 +178,9 @@ class CRF(nn.Module):
             return total / (mask != 0).sum()
         return total / (tags.numel() if lengths is None else lengths.sum())
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def log_partition(
         self,
         emissions: Tensor,
@@ -206,6 +209,58 @@ class CRF(nn.Module):
         steps = self._steps(emissions, mask, lengths, allowed)
         found = ops.crf_marginals(self._time_first(emissions), *self._scores(), **steps)
         return found.transpose(0, 1) if self.batch_first else found
+
+    @overload
+    def decode(
+        self,
+        emissions: Tensor,
+        mask: Tensor | None = None,
+        nbest: None = None,
+        pad_tag: int = -1,
+        *,
+        lengths: Tensor | None = None,
+        allowed: Tensor | None = None,
+        return_scores: Literal[False] = False,
+    ) -> list[list[int]]: ...
+
+    @overload
+    def decode(
+        self,
+        emissions: Tensor,
+        mask: Tensor | None = None,
+        nbest: None = None,
+        pad_tag: int = -1,
+        *,
+        lengths: Tensor | None = None,
+        allowed: Tensor | None = None,
+        return_scores: Literal[True],
+    ) -> tuple[list[list[int]], Tensor]: ...
+
+    @overload
+    def decode(
+        self,
+        emissions: Tensor,
+        mask: Tensor | None = None,
+        nbest: int = ...,
+        pad_tag: int = -1,
+        *,
+        lengths: Tensor | None = None,
+        allowed: Tensor | None = None,
+        return_scores: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self,
+        emissions: Tensor,
+        mask: Tensor | None = None,
+        nbest: int = ...,
+        pad_tag: int = -1,
+        *,
+        lengths: Tensor | None = None,
+        allowed: Tensor | None = None,
+        return_scores: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
 
     def decode(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ class ProjectedKeys:
             key_padding_mask=None if mask is None else mask.index_select(0, index),
             lengths=None if lengths is None else lengths.index_select(0, index),
         )
+
+
+class _Padding(TypedDict):
+    """What ops/ is told of the keys' padding."""
+
+    key_padding_mask: Tensor | None
+    lengths: Tensor | None
 
 
 class QueriedAttention(nn.Module):
@@ -102,6 +110,9 @@ class QueriedAttention(nn.Module):
         weights = weights if batched else weights.squeeze(0)
         return (context.squeeze(-2), weights.squeeze(-2)) if one else (context, weights)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def project_keys(
         self,
         keys: Tensor,
@@ -141,7 +152,7 @@ def _are_batched(keys: Tensor, values: Tensor | None, lengths: Tensor | None) ->
     return keys.dim() == 3
 
 
-def _scorer(size: int, device, dtype) -> Parameter:
+def _scorer(size: int, device: _base.Device, dtype: torch.dtype | None) -> Parameter:
     return Parameter(torch.empty(size, device=device, dtype=dtype))
 
 
@@ -169,8 +180,8 @@ class AdditiveAttention(QueriedAttention):
         key_dim: int | None = None,
         attention_dim: int | None = None,
         bias: bool = False,
-        device=None,
-        dtype=None,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         key_dim = query_dim if key_dim is None else key_dim
@@ -220,8 +231,8 @@ class LuongAttention(QueriedAttention):
         key_dim: int | None = None,
         method: str = "general",
         attention_dim: int | None = None,
-        device=None,
-        dtype=None,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if method not in ("dot", "general", "concat"):
@@ -264,7 +275,7 @@ class LuongAttention(QueriedAttention):
         return keys
 
     def _attend(self, query: Tensor, keys: ProjectedKeys) -> tuple[Tensor, Tensor]:
-        padding = dict(key_padding_mask=keys.key_padding_mask, lengths=keys.lengths)
+        padding: _Padding = dict(key_padding_mask=keys.key_padding_mask, lengths=keys.lengths)
         if self.method == "concat":
             return ops.additive_attention(query, keys.key, self.v, keys.value, **padding)
         return ops.dot_attention(query, keys.key, keys.value, **padding)
@@ -316,7 +327,12 @@ class AttentionPooling(nn.Module):
     __prepare_scriptable__ = _base.refuse_torchscript
 
     def __init__(
-        self, input_dim: int, attention_dim: int | None = None, bias: bool = True, device=None, dtype=None
+        self,
+        input_dim: int,
+        attention_dim: int | None = None,
+        bias: bool = True,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.projection = (
@@ -349,7 +365,7 @@ class AttentionPooling(nn.Module):
             values = None if values is None else values.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         values = keys if values is None else values
-        padding = dict(key_padding_mask=key_padding_mask, lengths=lengths)
+        padding: _Padding = dict(key_padding_mask=key_padding_mask, lengths=lengths)
         if self.projection is None:
             query = self.v.expand(keys.shape[0], 1, -1)
             context, weights = ops.dot_attention(query, keys, values, **padding)
@@ -359,6 +375,9 @@ class AttentionPooling(nn.Module):
             context, weights = ops.additive_attention(query, key, self.v, values, **padding)
         context, weights = context.squeeze(1), weights.squeeze(1)
         return (context, weights) if batched else (context.squeeze(0), weights.squeeze(0))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _reset_scorer(v: Parameter) -> None:

@@ -1,6 +1,8 @@
 """GRU and GRUCell: torch.nn's modules on seqkern.ops.gru."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 from seqkern import ops
 from seqkern.nn import _base, _recurrent
 from seqkern.ops.recurrent import UPDATE_GATES
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _Gates:
@@ -67,14 +72,34 @@ class GRU(_Gates, _recurrent.Regularised, torch.nn.GRU):  # type: ignore[overrid
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """
 
+    @overload
     def forward(
         self,
-        input,
-        hx=None,
+        input: Tensor,
+        hx: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
-    ):
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(  # type: ignore[overload-cannot-match]  # as torch is skipped, and with it the difference
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -119,7 +144,9 @@ class GRU(_Gates, _recurrent.Regularised, torch.nn.GRU):  # type: ignore[overrid
             return y.squeeze(1), h_n.squeeze(1)
         return y.transpose(0, 1) if self.batch_first else y, h_n
 
-    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None, lengths: Tensor | None):
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Tensor | None, lengths: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
         _base.refuse_lengths(lengths, "a PackedSequence")
         if hx is not None:
             hx = _base.permute_state(hx, packed.sorted_indices)
@@ -134,6 +161,27 @@ class GRU(_Gates, _recurrent.Regularised, torch.nn.GRU):  # type: ignore[overrid
             training=self.training,
         )
         return _base.repack(y, packed), _base.permute_state(h_n, packed.unsorted_indices)
+
+    if TYPE_CHECKING:  # the constructor and the call, of which torch.nn's classes say less or nothing
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: _base.Device = None,
+            dtype: torch.dtype | None = None,
+            *,
+            reset_after: bool = True,
+            update_gate: str = "keep",
+            **regularisers: Unpack[_recurrent.RegulariserOptions],
+        ) -> None: ...
+
+        __call__ = forward
 
 
 class GRUCell(_Gates, torch.nn.GRUCell):
@@ -151,8 +199,8 @@ class GRUCell(_Gates, torch.nn.GRUCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
         update_gate: str = "keep",
@@ -183,3 +231,6 @@ class GRUCell(_Gates, torch.nn.GRUCell):
             states = None if h_0 is None else [h_0]
             (h_1,) = ops.recurrent_cell(self._cell, x, states, params, update_gate=self.update_gate)
         return h_1 if batched else h_1.squeeze(0)
+
+    if TYPE_CHECKING:
+        __call__ = forward

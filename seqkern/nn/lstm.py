@@ -1,11 +1,18 @@
 """LSTM and LSTMCell: torch.nn's modules on seqkern.ops.lstm."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, overload
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern import ops
 from seqkern.nn import _base, _recurrent
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LSTM(_recurrent.Regularised, torch.nn.LSTM):
@@ -24,14 +31,34 @@ class LSTM(_recurrent.Regularised, torch.nn.LSTM):
 
     _cell = "lstm"
 
+    @overload
     def forward(
         self,
-        input,
-        hx=None,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
-    ):
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+
+    @overload
+    def forward(  # type: ignore[overload-cannot-match]  # as torch is skipped, and with it the difference
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -78,7 +105,9 @@ class LSTM(_recurrent.Regularised, torch.nn.LSTM):
             return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return y.transpose(0, 1) if self.batch_first else y, (h_n, c_n)
 
-    def _forward_packed(self, packed: PackedSequence, hx, lengths: Tensor | None):
+    def _forward_packed(
+        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None, lengths: Tensor | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         _base.refuse_lengths(lengths, "a PackedSequence")
         if hx is not None:
             h_0, c_0 = hx
@@ -99,6 +128,25 @@ class LSTM(_recurrent.Regularised, torch.nn.LSTM):
         h_n = _base.permute_state(h_n, packed.unsorted_indices)
         c_n = _base.permute_state(c_n, packed.unsorted_indices)
         return _base.repack(y, packed), (h_n, c_n)
+
+    if TYPE_CHECKING:  # the constructor and the call, of which torch.nn's classes say less or nothing
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: _base.Device = None,
+            dtype: torch.dtype | None = None,
+            **regularisers: Unpack[_recurrent.RegulariserOptions],
+        ) -> None: ...
+
+        __call__ = forward
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -135,3 +183,6 @@ class LSTMCell(torch.nn.LSTMCell):
                 hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         h_1, c_1 = ops.lstm_cell(x, hx, _base.cell_weights(self))
         return (h_1, c_1) if batched else (h_1.squeeze(0), c_1.squeeze(0))
+
+    if TYPE_CHECKING:
+        __call__ = forward

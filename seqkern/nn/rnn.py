@@ -1,11 +1,18 @@
 """RNN and RNNCell: torch.nn's modules on seqkern.ops.rnn."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, overload
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkern import ops
 from seqkern.nn import _base, _recurrent
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class RNN(_recurrent.Regularised, torch.nn.RNN):
@@ -22,14 +29,34 @@ class RNN(_recurrent.Regularised, torch.nn.RNN):
     Source:     https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
 
+    @overload
     def forward(
         self,
-        input,
-        hx=None,
+        input: Tensor,
+        hx: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
         reset: Tensor | PackedSequence | None = None,
-    ):
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(  # type: ignore[overload-cannot-match]  # as torch is skipped, and with it the difference
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the layers over a batch of sequences.
 
         Args:
@@ -75,7 +102,9 @@ class RNN(_recurrent.Regularised, torch.nn.RNN):
             return y.squeeze(1), h_n.squeeze(1)
         return y.transpose(0, 1) if self.batch_first else y, h_n
 
-    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None, lengths: Tensor | None):
+    def _forward_packed(
+        self, packed: PackedSequence, hx: Tensor | None, lengths: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
         _base.refuse_lengths(lengths, "a PackedSequence")
         if hx is not None:
             hx = _base.permute_state(hx, packed.sorted_indices)
@@ -100,6 +129,25 @@ class RNN(_recurrent.Regularised, torch.nn.RNN):
     def _activation(self) -> str:
         """torch.nn.RNN computes what `mode` says; `nonlinearity` is how the constructor was told."""
         return "relu" if self.mode == "RNN_RELU" else "tanh"
+
+    if TYPE_CHECKING:  # the constructor and the call, of which torch.nn's classes say less or nothing
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            device: _base.Device = None,
+            dtype: torch.dtype | None = None,
+            **regularisers: Unpack[_recurrent.RegulariserOptions],
+        ) -> None: ...
+
+        __call__ = forward
 
 
 class RNNCell(torch.nn.RNNCell):
@@ -129,3 +177,6 @@ class RNNCell(torch.nn.RNNCell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         h_1 = ops.rnn_cell(x, h_0, _base.cell_weights(self), nonlinearity=self.nonlinearity)
         return h_1 if batched else h_1.squeeze(0)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -7,8 +7,10 @@ mode: torch.nn's fast path cuts outputs short and changes results.
 Letters: B batch, L queries, S keys, E d_model, N heads, T rows of packed sequences.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +53,13 @@ class DecoderLayerCache:
         return f"DecoderLayerCache(self_attn={self.self_attn}, multihead_attn={self.multihead_attn})"
 
 
-class TransformerCache(list):
+class TransformerCache(list[Any]):  # KeyValueCache or DecoderLayerCache
     """The caches of a stack's layers, first to last; a stack's new_cache() makes an empty one."""
 
     @property
     def length(self) -> int:
         """Steps so far."""
-        return self[0].length if self else 0
+        return int(self[0].length) if self else 0
 
     def reorder(self, index: Tensor) -> None:
         """Row b of every layer becomes what row index[b] was, for beam search; index: [B'] int64."""
@@ -86,17 +88,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def __init__(
         self,
-        d_model,
-        nhead,
-        dim_feedforward=2048,
-        dropout=0.1,
-        activation=F.relu,
-        layer_norm_eps=1e-5,
-        batch_first=False,
-        norm_first=False,
-        bias=True,
-        device=None,
-        dtype=None,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             *(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first),
@@ -107,6 +109,34 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     def new_cache(self) -> KeyValueCache:
         """An empty cache for forward."""
         return KeyValueCache()
+
+    @overload
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        cache: None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        lengths: Tensor | None = None,
+        cache: KeyValueCache,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, KeyValueCache]: ...
 
     def forward(
         self,
@@ -119,7 +149,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         cache: KeyValueCache | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, KeyValueCache]:
         """Self-attention and feed-forward.
 
         Args:
@@ -165,14 +195,31 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         x = padded.zeroed(self._layer(x, src_mask, src_key_padding_mask, is_causal, **options))
         return x if cache is None else (x, cache)
 
-    def _layer(self, x, mask=None, key_padding_mask=None, is_causal=False, **options) -> Tensor:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _layer(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), mask, key_padding_mask, is_causal=is_causal, **options)
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + self._sa_block(x, mask, key_padding_mask, is_causal=is_causal, **options))
         return self.norm2(x + self._ff_block(x))
 
-    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         """torch.nn's, with MultiHeadAttention's own options."""
         return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, **options))
 
@@ -196,17 +243,17 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
     def __init__(
         self,
-        d_model,
-        nhead,
-        dim_feedforward=2048,
-        dropout=0.1,
-        activation=F.relu,
-        layer_norm_eps=1e-5,
-        batch_first=False,
-        norm_first=False,
-        bias=True,
-        device=None,
-        dtype=None,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             *(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first),
@@ -219,10 +266,52 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         """An empty cache for forward."""
         return DecoderLayerCache()
 
+    @overload
     def forward(
         self,
         tgt: Tensor,
         memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        tgt_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        cache: None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        memory_cu_seqlens: Tensor | None = None,
+        memory_max_seqlen: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        tgt_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        cache: DecoderLayerCache,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        memory_cu_seqlens: Tensor | None = None,
+        memory_max_seqlen: int | None = None,
+    ) -> tuple[Tensor, DecoderLayerCache]: ...
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None,
         tgt_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
@@ -237,7 +326,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         max_seqlen: int | None = None,
         memory_cu_seqlens: Tensor | None = None,
         memory_max_seqlen: int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, DecoderLayerCache]:
         """Self-attention, attention to memory, and feed-forward.
 
         Args:
@@ -271,7 +360,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             memory_key_padding_mask=memory_key_padding_mask,
         )
         others = dict(tgt_lengths=tgt_lengths, memory_lengths=memory_lengths, cache=cache)
-        causal: dict = dict(tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
+        causal: dict[str, Any] = dict(tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
         if tgt.is_nested or (memory is not None and memory.is_nested):
             _expect_none("nested", **masks, **others, cu_seqlens=cu_seqlens)
             return _decode_nested(self, tgt, memory, causal)
@@ -312,25 +401,29 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         x = queries.zeroed(x)
         return x if cache is None else (x, cache)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _later_memory(self, tgt: Tensor, memory: Tensor | None, cache: DecoderLayerCache) -> Tensor:
         """[L, S] bool, True where a step, counted from the cache's first, comes before memory's."""
         steps = 1 if self.self_attn.batch_first else 0
-        S = cache.multihead_attn.length if cache.multihead_attn.complete else memory.shape[steps]
+        held = cache.multihead_attn
+        S = held.length if memory is None or held.complete else memory.shape[steps]
         mask = torch.ones((tgt.shape[steps], S), dtype=torch.bool, device=tgt.device)
         return mask.triu(cache.length + 1)
 
     def _layer(
         self,
         x: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         tgt_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
-        tgt_options: dict | None = None,
-        memory_options: dict | None = None,
+        tgt_options: dict[str, Any] | None = None,
+        memory_options: dict[str, Any] | None = None,
     ) -> Tensor:
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         cross = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
@@ -343,11 +436,26 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         x = self.norm2(x + self._mha_block(x, *cross, **cross_options))
         return self.norm3(x + self._ff_block(x))
 
-    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         """torch.nn's, with MultiHeadAttention's own options."""
         return self.dropout1(_attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, **options))
 
-    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
         """torch.nn's, with MultiHeadAttention's own options."""
         found = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, **options)
         return self.dropout2(found)
@@ -370,7 +478,12 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     __prepare_scriptable__ = _base.refuse_torchscript
 
     def __init__(
-        self, encoder_layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True
+        self,
+        encoder_layer: torch.nn.TransformerEncoderLayer,
+        num_layers: int,
+        norm: torch.nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
     ) -> None:
         super().__init__(encoder_layer, num_layers, norm, False, mask_check)
         self.enable_nested_tensor = enable_nested_tensor  # use_nested_tensor stays False
@@ -378,6 +491,34 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     def new_cache(self) -> TransformerCache:
         """An empty cache for forward."""
         return TransformerCache(layer.new_cache() for layer in self.layers)
+
+    @overload
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cache: None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+        *,
+        lengths: Tensor | None = None,
+        cache: TransformerCache,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, TransformerCache]: ...
 
     def forward(
         self,
@@ -390,7 +531,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         cache: TransformerCache | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, TransformerCache]:
         """Run the layers in turn, then norm.
 
         Args:
@@ -443,6 +584,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             output = padded.zeroed(self.norm(output))
         return output if cache is None else (output, cache)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
     """torch.nn.TransformerDecoder: same constructor, parameters and results; decodes step by step too.
@@ -461,10 +605,52 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         """An empty cache for forward."""
         return TransformerCache(layer.new_cache() for layer in self.layers)
 
+    @overload
     def forward(
         self,
         tgt: Tensor,
         memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        tgt_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        cache: None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        memory_cu_seqlens: Tensor | None = None,
+        memory_max_seqlen: int | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        tgt_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        cache: TransformerCache,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        memory_cu_seqlens: Tensor | None = None,
+        memory_max_seqlen: int | None = None,
+    ) -> tuple[Tensor, TransformerCache]: ...
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None,
         tgt_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
@@ -479,7 +665,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         max_seqlen: int | None = None,
         memory_cu_seqlens: Tensor | None = None,
         memory_max_seqlen: int | None = None,
-    ):
+    ) -> Tensor | tuple[Tensor, TransformerCache]:
         """Run the layers in turn, then norm.
 
         Args:
@@ -504,11 +690,11 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             memory_key_padding_mask=memory_key_padding_mask,
         )
         others = dict(tgt_lengths=tgt_lengths, memory_lengths=memory_lengths)
-        causal: dict = dict(tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
+        causal: dict[str, Any] = dict(tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
         if tgt.is_nested or (memory is not None and memory.is_nested):
             _expect_none("nested", **masks, **others, cache=cache, cu_seqlens=cu_seqlens)
             return _decode_nested(self, tgt, memory, causal)
-        options: dict = {}
+        options: dict[str, Any] = {}
         if cu_seqlens is not None:
             _expect_none("packed", **others)
             options = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
@@ -541,6 +727,9 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             output = queries.zeroed(self.norm(output))
         return output if cache is None else (output, cache)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class Transformer(torch.nn.Transformer):
     """torch.nn.Transformer on seqkern's layers: same constructor, parameters and results.
@@ -560,24 +749,24 @@ class Transformer(torch.nn.Transformer):
 
     def __init__(
         self,
-        d_model=512,
-        nhead=8,
-        num_encoder_layers=6,
-        num_decoder_layers=6,
-        dim_feedforward=2048,
-        dropout=0.1,
-        activation=F.relu,
-        custom_encoder=None,
-        custom_decoder=None,
-        layer_norm_eps=1e-5,
-        batch_first=False,
-        norm_first=False,
-        bias=True,
-        device=None,
-        dtype=None,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: Any = None,
+        custom_decoder: Any = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: _base.Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         options = (dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
-        factory = dict(device=device, dtype=dtype)
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
 
         def norm() -> torch.nn.LayerNorm:
             return torch.nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
@@ -665,6 +854,9 @@ class Transformer(torch.nn.Transformer):
             **decoder_options,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 # ---- attention ---------------------------------------------------------------------------------------------
 
@@ -678,11 +870,11 @@ def _adopt(attention: torch.nn.MultiheadAttention) -> None:
 def _attend(
     attention: MultiHeadAttention,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
-    **options,
+    **options: Any,
 ) -> Tensor:
     return attention(
         *(query, key, key),
@@ -745,7 +937,7 @@ class _Rows(NamedTuple):
         x = rows.new_zeros((self.shape[0] * self.shape[1], rows.shape[1]))
         return x.index_copy(0, self.places, rows).unflatten(0, self.shape)
 
-    def options(self, prefix: str = "") -> dict:
+    def options(self, prefix: str = "") -> dict[str, Any]:
         return {f"{prefix}cu_seqlens": self.cu, f"{prefix}max_seqlen": self.longest}
 
 
@@ -767,7 +959,7 @@ class _Padded(NamedTuple):
         key_padding_mask: Tensor | None,
         attention: MultiHeadAttention,
         cache: KeyValueCache | DecoderLayerCache | TransformerCache | None = None,
-    ) -> "_Padded":
+    ) -> _Padded:
         """Checks the lengths, and drops them where they can be seen to say nothing."""
         batch_first = attention.batch_first
         if lengths is None or x is None:
@@ -778,12 +970,14 @@ class _Padded(NamedTuple):
         past = 0 if cache is None else cache.length
         mask_name = f"{name}_key_padding_mask"
         lengths = checked_lengths(lengths_name, lengths, mask_name, key_padding_mask, B, past + L, x.device)
+        assert lengths is not None  # as it was given
         if _may_look(lengths) and bool((lengths == past + L).all()):
             return cls(x, None, None, batch_first)
         return cls(x, lengths, (lengths - past).clamp(min=0) if past else lengths, batch_first)
 
     @property
     def L(self) -> int:
+        assert self.x is not None
         return self.x.shape[1 if self.batch_first else 0]
 
     def options(self) -> dict[str, Tensor]:
@@ -799,6 +993,7 @@ class _Padded(NamedTuple):
         return torch.where((valid if self.batch_first else valid.T).unsqueeze(-1), x, 0)
 
     def rows(self) -> _Rows:
+        assert self.x is not None
         L, shape = self.L, (self.x.shape[0], self.x.shape[1])
         if self.lengths is None:
             lengths = torch.full((shape[0 if self.batch_first else 1],), L)
@@ -825,7 +1020,12 @@ def _may_look(x: Tensor) -> bool:
 def _can_pack(attentions: Iterable[torch.nn.Module | None], *batches: _Padded) -> bool:
     """Can every layer run on packed rows, and may lengths be looked at?"""
     for padded in batches:
-        if not _may_look(padded.x) or padded.x.numel() == 0 or _layers.transformed([padded.x]):
+        if (
+            padded.x is None
+            or not _may_look(padded.x)
+            or padded.x.numel() == 0
+            or _layers.transformed([padded.x])
+        ):
             return False
         if padded.lengths is not None and not _may_look(padded.lengths):
             return False
@@ -879,14 +1079,14 @@ class _Jagged(NamedTuple):
     longest: int
 
     @classmethod
-    def of(cls, name: str, x: Tensor) -> "_Jagged":
+    def of(cls, name: str, x: Tensor) -> _Jagged:
         if not x.is_nested or x.layout is not torch.jagged or x.dim() != 3 or x._ragged_idx != 1:
             raise ValueError(f"{name}: expected a nested tensor [B, *, E] in the jagged layout")
         if x.lengths() is not None:  # with gaps between its sequences
             x = x.contiguous()
         return cls(x.values(), x.offsets(), x._get_max_seqlen())
 
-    def options(self, prefix: str = "") -> dict:
+    def options(self, prefix: str = "") -> dict[str, Any]:
         return {f"{prefix}cu_seqlens": self.offsets, f"{prefix}max_seqlen": self.longest}
 
     def rebuild(self, rows: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ triton  attention, additive attention, CRF: the kernels in seqkern.triton
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -118,7 +119,7 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def operator(name: str) -> Callable[..., tuple] | None:
+def operator(name: str) -> Any:
     """torch.ops.seqkern.<name>, or None without the compiled extension."""
     return getattr(torch.ops.seqkern, name).default if WHY_NO_KERNELS is None else None
 

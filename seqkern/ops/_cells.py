@@ -62,7 +62,7 @@ _BASE = (
 )
 
 
-def _base(w_hh: Shape | None = None, projects: bool = False, one_bias: bool = False):
+def _base(w_hh: Shape | None = None, projects: bool = False, one_bias: bool = False) -> tuple[Parameter, ...]:
     """The five first positions, where they differ from the usual."""
     w_ih, usual_w_hh, b_ih, b_hh, w_hr = _BASE
     return (

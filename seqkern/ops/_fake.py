@@ -7,6 +7,7 @@ register for them. Attention's are in _attention.py.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,31 +51,103 @@ def _dparams(params: Sequence[Tensor], need: bool) -> list[Tensor]:
     return [_contiguous_like(p) for p in params] if need else []
 
 
-def rnn_forward(x, h0, params, lengths, batch_sizes, relu, save):
+def rnn_forward(
+    x: Tensor,
+    h0: Tensor,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    relu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _y(x, h0), _contiguous_like(h0), x.new_empty((0,))
 
 
-def gru_forward(x, h0, params, lengths, batch_sizes, save):
+def gru_forward(
+    x: Tensor,
+    h0: Tensor,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _y(x, h0), _contiguous_like(h0), _reserve("gru", x, h0, save)
 
 
-def lstm_forward(x, h0, c0, params, lengths, batch_sizes, save):
+def lstm_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _y(x, h0), _contiguous_like(h0), _contiguous_like(c0), _reserve("lstm", x, c0, save)
 
 
-def rnn_backward(dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, relu, need_dx, need_dparams):
+def rnn_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    relu: bool,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     return _dx(x, need_dx), _contiguous_like(h0), _dparams(params, need_dparams)
 
 
-def gru_backward(dy, dh_n, x, h0, params, lengths, batch_sizes, y, reserve, need_dx, need_dparams):
+def gru_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     return _dx(x, need_dx), _contiguous_like(h0), _dparams(params, need_dparams)
 
 
-def lstm_backward(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, y, reserve, need_dx, need_dparams):
+def lstm_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     return _dx(x, need_dx), _contiguous_like(h0), _contiguous_like(c0), _dparams(params, need_dparams)
 
 
-def recurrent_forward(cell, x, states, params, lengths, batch_sizes, mask, h_scale, *scalars):
+def recurrent_forward(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Any],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    mask: Tensor | None,
+    h_scale: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
     keep_h, keep_c, _, cell_clip, proj_clip, _, save = scalars
     regularised = mask is not None or any((keep_h, keep_c)) or min(cell_clip, proj_clip) < math.inf
     spec = _cells.CELLS[cell]
@@ -86,13 +159,23 @@ def recurrent_forward(cell, x, states, params, lengths, batch_sizes, mask, h_sca
     return _y(x, states[0]), [_contiguous_like(s) for s in states], reserve
 
 
-def recurrent_backward(cell, dy, dfinals, x, states, params, *options):
+def recurrent_backward(
+    cell: str,
+    dy: Tensor | None,
+    dfinals: Sequence[Tensor | None],
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    *options: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     need_dx, need_dparams = options[-2:]
     dparams = [x.new_empty((0,)) if p is None else _contiguous_like(p) for p in params]
     return _dx(x, need_dx), [_contiguous_like(s) for s in states], dparams if need_dparams else []
 
 
-def recurrent_mask(seed, probabilities, t, b, layer, D, H):
+def recurrent_mask(
+    seed: Tensor, probabilities: Sequence[float], t: Tensor, b: Tensor, layer: int, D: int, H: int
+) -> Tensor:
     return seed.new_empty((*t.shape, D * H), dtype=torch.uint8)
 
 
@@ -106,7 +189,7 @@ if WHY_NO_KERNELS is None:
         torch.library.register_fake(f"seqkern::{_kernel.__name__}", _kernel)
 
 
-def attention_forward(*arguments):
+def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, weights, need_lse = arguments
     p = Problem(*problem)
     N, Ev = p.q.shape[1], p.v.shape[-1]
@@ -129,21 +212,34 @@ def attention_forward(*arguments):
     return out, lse, p.q.new_empty(rows if weights == AVERAGED else (rows[0], N, *rows[1:]))
 
 
-def attention_backward(dout, dlse, dweights, weights, out, lse, *rest):
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    weights: int,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     *problem, need_dq, need_dk, need_dv, need_dbias = rest
     p = Problem(*problem)
     found = [
         torch.empty_like(t) if need else p.q.new_empty((0,))
         for t, need in ((p.q, need_dq), (p.k, need_dk), (p.v, need_dv))
     ]
-    return (*found, p.bias.new_empty(p.bias.shape) if need_dbias else p.q.new_empty((0,)))
+    return (
+        *found,
+        p.q.new_empty((0,)) if p.bias is None or not need_dbias else p.bias.new_empty(p.bias.shape),
+    )
 
 
 torch.library.register_fake("seqkern::attention_forward", attention_forward)
 torch.library.register_fake("seqkern::attention_backward", attention_backward)
 
 
-def additive_attention_forward(query, key, v, value, key_valid, lengths):
+def additive_attention_forward(
+    query: Tensor, key: Tensor, v: Tensor, value: Tensor, key_valid: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, L, _ = query.shape
     weights_dtype = _attention.accumulator(query.dtype)
     return query.new_empty((B, L, value.shape[-1])), query.new_empty(
@@ -152,8 +248,17 @@ def additive_attention_forward(query, key, v, value, key_valid, lengths):
 
 
 def additive_attention_backward(
-    dcontext, dweights, query, key, v, value, key_valid, lengths, weights, *needed
-):
+    dcontext: Tensor | None,
+    dweights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor,
+    key_valid: Tensor | None,
+    lengths: Tensor | None,
+    weights: Tensor,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
     return tuple(
         _contiguous_like(t) if need else t.new_empty((0,))
         for t, need in zip((query, key, v, value), needed, strict=True)
@@ -165,8 +270,19 @@ torch.library.register_fake("seqkern::additive_attention_backward", additive_att
 
 
 def attention_decoder_forward(
-    gates, h0, c0, w_hh, b_hh, w_context, w_query, key, v, value, key_valid, lengths
-):
+    gates: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_context: Tensor,
+    w_query: Tensor,
+    key: Tensor,
+    v: Tensor,
+    value: Tensor,
+    key_valid: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, ...]:
     (T, B, GH), H, (_, S, A) = gates.shape, h0.shape[1], key.shape
     cells = gates.new_empty((T, B, H) if c0 is not None else (0,))
     saved = gates.new_empty((T, B, 5 if c0 is not None else 4, H))
@@ -174,7 +290,18 @@ def attention_decoder_forward(
     return y, cells, context, gates.new_empty((B, T, S)), gates.new_empty((T, B, A + GH)), saved
 
 
-def attention_decoder_backward(dy, dc_n, dcontext, dweights, gates, h0, c0, w_hh, b_hh, *rest):
+def attention_decoder_backward(
+    dy: Tensor | None,
+    dc_n: Tensor | None,
+    dcontext: Tensor | None,
+    dweights: Tensor | None,
+    gates: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     w_context, w_query, key, v, value = rest[:5]
     dc0 = h0.new_empty((h0.shape[0] if c0 is not None else 0, h0.shape[1]))
     db_hh = h0.new_empty((0,) if b_hh is None else b_hh.shape)
@@ -186,13 +313,33 @@ torch.library.register_fake("seqkern::attention_decoder_forward", attention_deco
 torch.library.register_fake("seqkern::attention_decoder_backward", attention_decoder_backward)
 
 
-def crf_forward(emissions, start, end, transitions, tags, mask, lengths, save):
+def crf_forward(
+    emissions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    transitions: Tensor,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
     T, B, K = emissions.shape
     padded = (K + crf.ALPHAS_MULTIPLE - 1) // crf.ALPHAS_MULTIPLE * crf.ALPHAS_MULTIPLE
     return emissions.new_empty((B,)), emissions.new_empty((B, T, padded) if save else (0,))
 
 
-def crf_backward(dvalue, emissions, start, end, transitions, tags, mask, lengths, alphas, need_dparams):
+def crf_backward(
+    dvalue: Tensor,
+    emissions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    transitions: Tensor,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    alphas: Tensor,
+    need_dparams: bool,
+) -> tuple[Tensor, ...]:
     T, B, K = emissions.shape
     if emissions.stride(2) == 1 and emissions.stride(0) < emissions.stride(1):
         demissions = emissions.new_empty((B, T, K)).transpose(0, 1)
@@ -201,7 +348,15 @@ def crf_backward(dvalue, emissions, start, end, transitions, tags, mask, lengths
     return demissions, *(_dparams((start, end, transitions), need_dparams) or _nothing(dvalue))
 
 
-def crf_decode(emissions, start, end, transitions, mask, lengths, n):
+def crf_decode(
+    emissions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    transitions: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    n: int,
+) -> tuple[Tensor, Tensor]:
     T, B, _ = emissions.shape
     return emissions.new_empty((n, B, T), dtype=torch.int64), emissions.new_empty((n, B))
 

@@ -426,7 +426,9 @@ def differentiate_eager(
     with torch.enable_grad(), torch.autocast(device, enabled=False):
         # An alias of each input, so that one input computed from another does not add its own path to that
         # one's gradient.
-        aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needed, strict=True)]
+        aliases = [
+            t if t is None or not need else t.view_as(t) for t, need in zip(inputs, needed, strict=True)
+        ]
         outputs = layer(*aliases)
         pairs = [
             (y, dy) for y, dy in zip(outputs, grad_outputs, strict=True) if dy is not None and y.requires_grad

@@ -1,6 +1,7 @@
 """The additive attention operation, of projected queries and keys."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,13 +103,13 @@ def _check(query: Tensor, key: Tensor, v: Tensor, value: Tensor) -> None:
             raise RuntimeError(f"{name}: expected {letters} = {shape}, got {tuple(x.shape)}")
 
 
-def _triton_forward(*arguments) -> tuple[Tensor, Tensor]:
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     from seqkern import triton
 
     return triton.additive_forward(*arguments)
 
 
-def _triton_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from seqkern import triton
 
     return triton.additive_backward(*arguments)
@@ -133,7 +134,16 @@ class AdditiveAttentionFunction(torch.autograd.Function):
     """Additive attention on the operators. Kept for backward: the inputs and the weights."""
 
     @staticmethod
-    def forward(ctx, query, key, v, value, key_valid, lengths, backend):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        v: Tensor,
+        value: Tensor,
+        key_valid: Tensor | None,
+        lengths: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
         context, weights = _forward(backend, query)(query, key, v, value, key_valid, lengths)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
@@ -146,7 +156,7 @@ class AdditiveAttentionFunction(torch.autograd.Function):
         return context, rounded
 
     @staticmethod
-    def backward(ctx, dcontext, dweights):
+    def backward(ctx: Any, dcontext: Tensor | None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, weights = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph=True

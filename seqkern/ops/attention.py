@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,50 @@ from seqkern.ops._attention import AVERAGED, NO_WEIGHTS, Problem
 
 CAUSAL_ALIGNMENTS = ("top_left", "bottom_right")
 Window = tuple[int, int]  # (left, right), -1: no limit
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    window: Window | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    window: Window | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def scaled_dot_product_attention(
@@ -117,6 +161,48 @@ def scaled_dot_product_attention(
     return out, lse.reshape(*lead, lse.shape[-1]) if query.dim() != 4 else lse
 
 
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -162,7 +248,7 @@ def varlen_attention(
     check_alike(query, key, value)
     _check_sizes(query, key, value, heads=1, keys=0, enable_gqa=enable_gqa)
     shared = cu_seqlens_k is None
-    if shared:
+    if cu_seqlens_k is None:
         if key.shape[0] != query.shape[0]:
             raise ValueError(
                 f"cu_seqlens_k: expected, as key has {key.shape[0]} rows and query {query.shape[0]}; got None"
@@ -227,7 +313,7 @@ def _tensors(*arguments: Tensor | None) -> list[Tensor]:
     return [t for t in arguments if t is not None]
 
 
-def _triton_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from seqkern import triton
 
     *problem, weights, need_lse = arguments
@@ -240,7 +326,9 @@ def _triton_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse if need_lse else lse.new_empty((0,)), w
 
 
-def _triton_backward(dout, dlse, dweights, weights, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_backward(
+    dout: Tensor | None, dlse: Tensor | None, dweights: Tensor | None, weights: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from seqkern import triton
 
     return triton.attention_backward(dout, dlse, dweights, weights == AVERAGED, *rest)
@@ -256,14 +344,16 @@ _attention.LIBRARY.impl("attention_backward", _triton_backward, "CUDA")
 # seqkern's functions takes: it costs less, and differentiates twice.
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:
     *problem, ctx.weights, _ = inputs
     ctx.layout = [None if isinstance(t, Tensor) else (t,) for t in problem]
     ctx.save_for_backward(*output[:2], *[t for t in problem if isinstance(t, Tensor)])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout, dlse, dw) -> tuple:
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, dw: Tensor | None
+) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
     p = _restored(ctx, tensors)
     needed = ctx.needs_input_grad[:4]
@@ -276,7 +366,7 @@ def _differentiate(ctx, dout, dlse, dw) -> tuple:
 torch.library.register_autograd("seqkern::attention_forward", _differentiate, setup_context=_keep)
 
 
-def _restored(ctx, tensors: Sequence[Tensor]) -> Problem:
+def _restored(ctx: Any, tensors: Sequence[Tensor]) -> Problem:
     """The problem of ctx.layout, where None stands for the next of the saved tensors."""
     remaining = iter(tensors)
     return Problem._make(next(remaining) if constant is None else constant[0] for constant in ctx.layout)
@@ -297,7 +387,7 @@ class AttentionFunction(torch.autograd.Function):
     """Attention on the operators. Kept for backward: the inputs, out and lse."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *problem, weights, backend = arguments
         p = Problem(*problem)
         out, lse, w = _forward(backend, p.q)(*p, weights, True)
@@ -309,7 +399,9 @@ class AttentionFunction(torch.autograd.Function):
         return out, lse, w
 
     @staticmethod
-    def backward(ctx, dout, dlse, dw):
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, dw: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
         p = _restored(ctx, tensors)
         needed = ctx.needs_input_grad[:4]
@@ -583,7 +675,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 # ---- nested tensors ----------------------------------------------------------------------------------------
 
 
-def _nested(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+def _nested(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Jagged [B, N, L, E], as torch's own attention takes them: nested [B, L, N, E] with dims 1 and 2
     exchanged."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -597,7 +689,7 @@ def _nested(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
     if options["return_lse"]:
         raise ValueError("return_lse: not with nested tensors; use varlen_attention")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = varlen_attention(
+    out: Tensor = varlen_attention(
         *(q.values(), k.values(), v.values(), q.offsets(), k.offsets()),
         *(q._get_max_seqlen(), k._get_max_seqlen()),
         **options,

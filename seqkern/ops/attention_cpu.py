@@ -19,6 +19,7 @@ None has [B, N, L, S] in memory. In blocks, float16 and bfloat16 are computed in
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,7 @@ def pieces(p: Problem) -> list[Piece]:
     if p.q.shape[1] == 0:
         return []
     if p.cu_q is not None:
+        assert p.cu_k is not None
         cu_q, cu_k = p.cu_q.tolist(), p.cu_k.tolist()
         found = []
         for b, (q0, q1, k0, k1) in enumerate(zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)):
@@ -115,8 +117,11 @@ def pieces(p: Problem) -> list[Piece]:
         offset = 0
         if p.bottom_right:
             offset = (s1 if p.key_lengths is not None else S) - (l1 if p.query_lengths is not None else L)
-        key_valid = p.key_valid[b0:b1, s0:s1] if any(key_holes[b] for b in members) else None
-        query_valid = p.query_valid[b0:b1, l0:l1] if any(query_holes[b] for b in members) else None
+        key_valid, query_valid = p.key_valid, p.query_valid
+        if key_valid is not None:
+            key_valid = key_valid[b0:b1, s0:s1] if any(key_holes[b] for b in members) else None
+        if query_valid is not None:
+            query_valid = query_valid[b0:b1, l0:l1] if any(query_holes[b] for b in members) else None
         found.append(Piece(b0, b1, l0, l1, s0, s1, l0, s0, offset, False, key_valid, query_valid))
     return found
 
@@ -151,10 +156,10 @@ def covers(found: list[Piece], p: Problem) -> bool:
 # ---- the operators -----------------------------------------------------------------------------------------
 
 
-def _without_autocast(operator: Callable[..., tuple]) -> Callable[..., tuple]:
+def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The products below have the dtypes that they are given."""
 
-    def run(*arguments) -> tuple:
+    def run(*arguments: Any) -> Any:
         if not torch.is_autocast_enabled("cpu"):
             return operator(*arguments)
         with torch.autocast("cpu", enabled=False):
@@ -164,7 +169,7 @@ def _without_autocast(operator: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 @_without_autocast
-def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """attention_forward: (out, lse, weights), lse [0] unless asked for, weights [0] if none are.
 
     out lies in memory as [B, L, N, Ev], so that the heads of a query are side by side.
@@ -211,7 +216,15 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_without_autocast
-def backward(dout, dlse, dweights, weights, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    weights: int,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """attention_backward: (dq, dk, dv, dbias), each [0] unless asked for."""
     *problem, need_dq, need_dk, need_dv, need_dbias = rest
     p = Problem(*problem)
@@ -223,6 +236,7 @@ def backward(dout, dlse, dweights, weights, out, lse, *rest) -> tuple[Tensor, Te
     )
     dbias = p.q.new_empty((0,))
     if need_dbias:
+        assert p.bias is not None
         dbias = torch.zeros(p.bias.shape, dtype=accumulator(p.bias.dtype))
     direct = dout is not None and dlse is None and dweights is None and lse.numel() > 0 and not need_dbias
     if direct and _compiled_serves(p):
@@ -249,7 +263,7 @@ def backward(dout, dlse, dweights, weights, out, lse, *rest) -> tuple[Tensor, Te
         _blocked_backward(
             part, dout_part, dlse_part, dw_part, weights, grads, piece.pairs(dbias) if need_dbias else None
         )
-    return dq, dk, dv, dbias.to(p.bias.dtype) if need_dbias else dbias
+    return dq, dk, dv, dbias if p.bias is None or not need_dbias else dbias.to(p.bias.dtype)
 
 
 def _lse_part(lse: Tensor, piece: Piece) -> Tensor:
@@ -283,12 +297,14 @@ def _compiled_serves(p: Problem) -> bool:
     )
 
 
-def _compiled_arguments(p: Problem, found: list[Piece]) -> list:
+def _compiled_arguments(p: Problem, found: list[Piece]) -> list[Any]:
     """q, k, v, pieces, …, dropout_p of the compiled operators."""
     q, k, v = (_four_dims(t, p) for t in (p.q, p.k, p.v))
     key_holes = any(piece.key_valid is not None for piece in found)
-    if key_holes:
-        k, v = (torch.where(p.key_valid[:, None, :, None], t, 0) for t in (k, v))
+    key_valid = p.key_valid if key_holes else None
+    query_valid = p.query_valid if any(piece.query_valid is not None for piece in found) else None
+    if key_valid is not None:
+        k, v = (torch.where(key_valid[:, None, :, None], t, 0) for t in (k, v))
     mask = None
     if p.bias is not None:
         mask = p.bias if p.bias.dtype is torch.bool else p.bias.to(torch.float32)
@@ -300,8 +316,8 @@ def _compiled_arguments(p: Problem, found: list[Piece]) -> list:
     ]
     return [
         *(q, k, v, torch.tensor(table, dtype=torch.int64).view(-1, 9), mask),
-        p.key_valid.contiguous() if key_holes else None,
-        p.query_valid.contiguous() if any(piece.query_valid is not None for piece in found) else None,
+        None if key_valid is None else key_valid.contiguous(),
+        None if query_valid is None else query_valid.contiguous(),
         *(p.seed, p.scale, p.left, p.right, p.dropout_p),
     ]
 

@@ -1,6 +1,7 @@
 """The decoder operation: an LSTM or a GRU with additive attention, all steps in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +157,7 @@ def _check(
             raise RuntimeError(f"{name}: expected {letters} = {shape}, got {tuple(t.shape)}")
 
 
-def _eager(*arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+def _eager(*arguments: Any) -> tuple[Any, ...]:
     """The reference; arguments as the operator's."""
     *tensors, lengths = arguments
     if lengths is not None:
@@ -168,7 +169,7 @@ class AttentionDecoderFunction(torch.autograd.Function):
     """The decoder on the operators. Kept for backward: the inputs and all that forward returns."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         y, cells, context, weights, products, saved = torch.ops.seqkern.attention_decoder_forward(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, y, cells, context, weights, products, saved)
@@ -176,7 +177,9 @@ class AttentionDecoderFunction(torch.autograd.Function):
         return y, c_n, context, weights
 
     @staticmethod
-    def backward(ctx, dy, dc_n, dcontext, dweights):
+    def backward(
+        ctx: Any, dy: Tensor | None, dc_n: Tensor | None, dcontext: Tensor | None, dweights: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         inputs, kept = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True
@@ -187,10 +190,10 @@ class AttentionDecoderFunction(torch.autograd.Function):
         return _layers.wanted((*grads, None, None), needed)
 
 
-def _given(eager):
+def _given(eager: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """eager without the outputs that are None."""
 
-    def outputs(*arguments):
+    def outputs(*arguments: Any) -> tuple[Any, ...]:
         y, c_n, context, weights = eager(*arguments)
         return y, c_n if c_n is not None else y.detach(), context, weights
 

@@ -4,6 +4,7 @@ Letters: T steps, B batch, K tags.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,7 +212,17 @@ class CRFFunction(torch.autograd.Function):
     sums over all sequences so far."""
 
     @staticmethod
-    def forward(ctx, emissions, start, end, transitions, tags, mask, lengths, backend):
+    def forward(
+        ctx: Any,
+        emissions: Tensor,
+        start: Tensor,
+        end: Tensor,
+        transitions: Tensor,
+        tags: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        backend: str,
+    ) -> Tensor:
         inputs = (emissions, start, end, transitions, tags, mask, lengths)
         value, alphas = _operator("forward", backend, emissions)(*inputs, True)
         ctx.backend = backend
@@ -219,7 +230,7 @@ class CRFFunction(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx, dvalue):
+    def backward(ctx: Any, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, alphas = ctx.saved_tensors
         chain, (tags, mask, lengths) = inputs[:4], inputs[4:]
         needed = ctx.needs_input_grad
@@ -238,13 +249,22 @@ class MarginalsFunction(torch.autograd.Function):
     """Marginals on the operators; their gradient by the eager formula, which is run again for it."""
 
     @staticmethod
-    def forward(ctx, emissions, start, end, transitions, mask, lengths, backend):
+    def forward(
+        ctx: Any,
+        emissions: Tensor,
+        start: Tensor,
+        end: Tensor,
+        transitions: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        backend: str,
+    ) -> Tensor:
         chain, steps = (emissions, start, end, transitions), (mask, lengths)
         ctx.save_for_backward(*chain, *steps)
         return _marginals(chain, steps, backend)
 
     @staticmethod
-    def backward(ctx, dmarginals):
+    def backward(ctx: Any, dmarginals: Tensor | None) -> tuple[Tensor | None, ...]:
         *chain, mask, lengths = ctx.saved_tensors
         valid = _valid(chain[0], (mask, lengths))
         grads = _layers.differentiate_eager(
@@ -258,19 +278,19 @@ class MarginalsFunction(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _triton_forward(*arguments) -> tuple[Tensor, Tensor]:
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     from seqkern import triton
 
     return triton.crf_forward(*arguments)
 
 
-def _triton_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from seqkern import triton
 
     return triton.crf_backward(*arguments)
 
 
-def _triton_decode(*arguments) -> tuple[Tensor, Tensor]:
+def _triton_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     from seqkern import triton
 
     return triton.crf_decode(*arguments)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,9 @@ def lstm_cell(
     return h_1.squeeze(0), c_1.squeeze(0)
 
 
-def choose_layer(input, states, params, backend):
+def choose_layer(
+    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], backend: str | None
+) -> _layers.Layer:
     chosen = _layers.choose_backend("lstm", input, states, params, backend)
     return _eager_layer if chosen == "eager" else _operator_layer
 
@@ -117,7 +120,13 @@ def choose_layer(input, states, params, backend):
 _eager_layer = partial(_layers.eager_layer, lstm_layer)
 
 
-def _operator_layer(x, states, params, lengths, batch_sizes):
+def _operator_layer(
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
     h0, c0 = states
     if _layers.wants_grad((x, h0, c0), params):
         return LSTMFunction.apply(*_layers.distinct(x, h0, c0, lengths, batch_sizes, *params))
@@ -129,14 +138,24 @@ class LSTMFunction(torch.autograd.Function):
     and cell states)."""
 
     @staticmethod
-    def forward(ctx, x, h0, c0, lengths, batch_sizes, *params):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, h_n, c_n, reserve = _forward(x, h0, c0, params, lengths, batch_sizes, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, c0, lengths, batch_sizes, _layers.save_output(ctx, y), reserve, *params)
         return y, h_n, c_n
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n):
+    def backward(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, h0, c0, lengths, batch_sizes, y, reserve, *params = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True

@@ -4,7 +4,7 @@ On a CPU, where looking at lengths costs nothing, padded keys are left out of th
 queries where the caller names them: the valid rows are gathered and attention runs on packed sequences.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,10 @@ def _check(
     names = ("query", "key", "value")
     dim, layout = 3, "[B, L, E]" if batch_first else "[L, B, E]"
     E = weights.w_out.shape[0]
-    widths = [E, E, E] if weights.w_in is not None else [E, weights.w_k.shape[1], weights.w_v.shape[1]]
+    widths = [E, E, E]
+    if weights.w_in is None:
+        assert weights.w_k is not None and weights.w_v is not None
+        widths = [E, weights.w_k.shape[1], weights.w_v.shape[1]]
     for name, x, width in zip(names, (query, key, value), widths, strict=True):
         if x is None and name != "query" and cache is not None:
             if not cache.complete:
@@ -501,6 +504,7 @@ def packed_multi_head_attention(
     CPU computes here, are [B, max_q, max_k] or [B, N, max_q, max_k].
     """
     q, k, v = _project(query, key, value, weights)
+    assert k is not None and v is not None  # as there is no cache
     N, Nk, Eh = weights.num_heads, weights.num_kv_heads, q.shape[-1] // weights.num_heads
     problem = Problem(
         q.unflatten(-1, (N, Eh)),
@@ -524,12 +528,12 @@ class GatherRows(torch.autograd.Function):
     """x[rows] for distinct rows: backward writes each gradient to its place instead of adding it there."""
 
     @staticmethod
-    def forward(ctx, x, rows):
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.count = x.shape[0]
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         return dy.new_zeros((ctx.count, *dy.shape[1:])).index_copy_(0, rows, dy), None

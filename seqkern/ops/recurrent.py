@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -281,6 +281,7 @@ def _first_sizes(spec: _cells.Cell, params: Sequence[Tensor | None], rows: int) 
         if p is not None and not position.allowed:
             raise ValueError(f"{position.name.format('')}: expected None for {spec.name}, got a tensor")
     w_ih, w_hh, w_hr = params[0], params[1], params[4]
+    assert w_ih is not None and w_hh is not None  # as no cell leaves them out
     if any((p is None) != (w_hr is None) for p in params[4 :: len(positions)]):
         raise ValueError("weight_hr: expected one for each layer and direction, or none at all")
     w_hh_dim = len(spec.base[1].shape(_cells.Sizes(1, 1, 1, 1)))
@@ -360,8 +361,10 @@ def _check_reset(
 
 def _exchange_update_gate(params: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The parameters with z's rows negated: sigmoid(-a) = 1 - sigmoid(a) exchanges h_prev and n."""
-    G = params[0].shape[0]
-    sign = params[0].new_ones(G)
+    w_ih = params[0]
+    assert w_ih is not None
+    G = w_ih.shape[0]
+    sign = w_ih.new_ones(G)
     sign[G // 3 : 2 * G // 3] = -1
     return [p if p is None else p * (sign if p.dim() == 1 else sign.unsqueeze(1)) for p in params]
 
@@ -420,13 +423,16 @@ class Options(NamedTuple):
     def mask(self, seed: Tensor | None, t: Tensor | None, b: Tensor | None, D: int, H: int) -> Tensor | None:
         if not any(self.probabilities):
             return None
+        assert seed is not None and t is not None and b is not None
         if _mask is None or not seed.is_cpu or _layers.transformed((seed,)):
             return recurrent_mask(seed, self.probabilities, t, b, self.number, D, H)
         t, b = torch.broadcast_tensors(t, b)
         return _mask(seed, self.probabilities, t, b, self.number, D, H)
 
     def hidden(self, params: Sequence[Tensor | None]) -> int:
-        return params[0].shape[0] // _cells.CELLS[self.cell].gates
+        w_ih = params[0]
+        assert w_ih is not None
+        return w_ih.shape[0] // _cells.CELLS[self.cell].gates
 
 
 def _choose_layers(
@@ -452,7 +458,8 @@ def _choose_layers(
         layer = choose(input, states, given, *names, backend)
         return [partial(_plain_layer, layer, len(spec.parameters))] * num_layers
     chosen = _layers.choose_backend("recurrent", input, states, given, backend)
-    heads = params[1].shape[0] * D if spec.has_heads else 1
+    w_hh = params[1]
+    heads = w_hh.shape[0] * D if spec.has_heads and w_hh is not None else 1
     if heads > MAX_HEADS and chosen != "eager":
         if backend or _backend.current_wish():
             raise RuntimeError(
@@ -472,7 +479,7 @@ def _choose_layers(
 
 
 # The cells with kernels of their own: what chooses one of their layers, and what more it asks.
-_PLAIN: dict[str, tuple] = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "rnn_tanh": (choose_rnn, "tanh"),
     "rnn_relu": (choose_rnn, "relu"),
     "gru": (choose_gru,),
@@ -480,7 +487,15 @@ _PLAIN: dict[str, tuple] = {
 }
 
 
-def _plain_layer(layer, positions, x, states, params, lengths, batch_sizes):
+def _plain_layer(
+    layer: _layers.Layer,
+    positions: int,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
     """A layer that takes no None: one bias alone is completed with zeros."""
     weights: list[Tensor] = []
     for k in range(0, len(params), positions):
@@ -515,11 +530,22 @@ def _layer(
     return run(options, x, states, params, lengths, batch_sizes, seed, t, b, h_scale)
 
 
-def _eager_layer(options, x, states, params, lengths, batch_sizes, seed, t, b, h_scale):
+def _eager_layer(
+    options: Options,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    seed: Tensor | None,
+    t: Tensor | None,
+    b: Tensor | None,
+    h_scale: Tensor | None,
+) -> tuple[Tensor, ...]:
     names = ("keep_h", "keep_c", "candidate_scale", "cell_clip", "proj_clip", "eps")
     scalars = dict(zip(names, options.scalars, strict=True))
 
-    def reference(x, *rest, mask=None):
+    def reference(x: Tensor, *rest: Any, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         *states, params, lengths = rest
         return recurrent_layer(
             options.cell, x, states, params, lengths, mask=mask, h_scale=h_scale, **scalars
@@ -529,7 +555,18 @@ def _eager_layer(options, x, states, params, lengths, batch_sizes, seed, t, b, h
     return _layers.eager_layer(reference, x, states, params, lengths, batch_sizes, mask)
 
 
-def _operator_layer(options, x, states, params, lengths, batch_sizes, seed, t, b, h_scale):
+def _operator_layer(
+    options: Options,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    seed: Tensor | None,
+    t: Tensor | None,
+    b: Tensor | None,
+    h_scale: Tensor | None,
+) -> tuple[Tensor, ...]:
     tensors = (x, lengths, batch_sizes, seed, t, b, h_scale, *states, *params)
     if _layers.wants_grad((x, *states), [p for p in params if p is not None]):
         return RecurrentFunction.apply(options, len(states), *_layers.distinct(*tensors))
@@ -545,7 +582,19 @@ class RecurrentFunction(torch.autograd.Function):
     which the mask is drawn again."""
 
     @staticmethod
-    def forward(ctx, options, count, x, lengths, batch_sizes, seed, t, b, h_scale, *rest):
+    def forward(
+        ctx: Any,
+        options: Options,
+        count: int,
+        x: Tensor,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        seed: Tensor | None,
+        t: Tensor | None,
+        b: Tensor | None,
+        h_scale: Tensor | None,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
         states, params = rest[:count], rest[count:]
         mask = options.mask(seed, t, b, states[0].shape[0], options.hidden(params))
         y, finals, reserve = _forward(
@@ -559,14 +608,23 @@ class RecurrentFunction(torch.autograd.Function):
         return (y, *finals)
 
     @staticmethod
-    def backward(ctx, dy, *dfinals):
+    def backward(ctx: Any, dy: Tensor | None, *dfinals: Tensor | None) -> tuple[Tensor | None, ...]:
         y, reserve, *tensors = ctx.saved_tensors
         x, lengths, batch_sizes, seed, t, b, h_scale, *rest = tensors
         options, count = ctx.options, ctx.count
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True
 
-            def eager(x, lengths, batch_sizes, seed, t, b, h_scale, *rest):
+            def eager(
+                x: Tensor,
+                lengths: Tensor | None,
+                batch_sizes: Tensor | None,
+                seed: Tensor | None,
+                t: Tensor | None,
+                b: Tensor | None,
+                h_scale: Tensor | None,
+                *rest: Any,
+            ) -> tuple[Tensor, ...]:
                 states, params = rest[:count], rest[count:]
                 return _eager_layer(options, x, states, params, lengths, batch_sizes, seed, t, b, h_scale)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +113,23 @@ def rnn_cell(
     return h_1.squeeze(0)
 
 
-def choose_layer(input, states, params, nonlinearity, backend):
+def choose_layer(
+    input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], nonlinearity: str, backend: str | None
+) -> _layers.Layer:
     if nonlinearity not in _EAGER_LAYER:
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     chosen = _layers.choose_backend("rnn", input, states, params, backend)
     return (_EAGER_LAYER if chosen == "eager" else _OPERATOR_LAYER)[nonlinearity]
 
 
-def _operator_layer(relu, x, states, params, lengths, batch_sizes):
+def _operator_layer(
+    relu: bool,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, ...]:
     (h0,) = states
     if _layers.wants_grad((x, h0), params):
         return RNNFunction.apply(relu, *_layers.distinct(x, h0, lengths, batch_sizes, *params))
@@ -137,7 +147,15 @@ class RNNFunction(torch.autograd.Function):
     the output."""
 
     @staticmethod
-    def forward(ctx, relu, x, h0, lengths, batch_sizes, *params):
+    def forward(
+        ctx: Any,
+        relu: bool,
+        x: Tensor,
+        h0: Tensor,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         y, h_n, reserve = _forward(x, h0, params, lengths, batch_sizes, relu, True)
         ctx.relu = relu
         ctx.set_materialize_grads(False)
@@ -145,7 +163,7 @@ class RNNFunction(torch.autograd.Function):
         return y, h_n
 
     @staticmethod
-    def backward(ctx, dy, dh_n):
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, lengths, batch_sizes, y, reserve, *params = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True

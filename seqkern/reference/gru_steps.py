@@ -47,6 +47,7 @@ def gru_reset_before(
     r, z as torch's;  n = tanh(W_n x + b_in + U_n (r * h_prev) + b_hn),  h = (1 - z) * n + z * h_prev
     """
     _, w_hh, _, b_hh, _ = params
+    assert w_hh is not None
     (h_prev,) = state
     H = h_prev.shape[-1]
     ir, iz, i_n = projected.chunk(3, dim=-1)
@@ -71,6 +72,7 @@ def mgu(
     n = tanh(W_n x + b_in + U_n (f * h_prev) + b_hn),  h = (1 - f) * h_prev + f * n
     """
     _, w_hh, _, b_hh, _ = params
+    assert w_hh is not None
     (h_prev,) = state
     H = h_prev.shape[-1]
     i_f, i_n = projected.chunk(2, dim=-1)

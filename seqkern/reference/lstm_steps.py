@@ -47,6 +47,7 @@ def peephole_lstm(
     o = sigmoid(W_o x + b_io + U_o h_prev + b_ho + p_o * c)
     """
     _, w_hh, _, b_hh, _, w_peep = params
+    assert w_peep is not None
     _, c_prev = state
     p_i, p_f, p_o = w_peep.chunk(3)
     i, f, g, o = (projected + F.linear(h_in, w_hh, b_hh)).chunk(4, dim=-1)
@@ -126,6 +127,7 @@ def slstm(
     params: w_hh [heads, 4*H/heads, H/heads], in each head gate after gate
     """
     _, w_hh, _, b_hh, _ = params
+    assert w_hh is not None
     h_prev, c_prev, n_prev, m_prev = state
     B, H = h_prev.shape
     heads = w_hh.shape[0]

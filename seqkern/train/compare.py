@@ -88,6 +88,7 @@ def recurrent(
 
     def call_lengths(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *h = given
+        assert lengths_ is not None
         return flat(*module(x, states(tuple(h)), lengths=lengths_.to(x.device)))
 
     words = [

@@ -164,7 +164,12 @@ def full_state(module: nn.Module) -> dict[str, Any]:
 
 
 def save_sharded(
-    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, rest: dict, world: World
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rest: dict[str, Any],
+    world: World,
 ) -> None:
     """Writes folder/step-N: every process its shards, then the leader `rest`; then older ones go.
 

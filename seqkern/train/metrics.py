@@ -40,7 +40,7 @@ def f1(predicted: Sequence[Hashable], expected: Sequence[Hashable], average: str
     return sum(2 * right[label] / size for label, size in sizes.items()) / len(sizes)
 
 
-def _check(predicted: Sequence, expected: Sequence) -> None:
+def _check(predicted: Sequence[object], expected: Sequence[object]) -> None:
     if len(predicted) != len(expected):
         raise ValueError(f"predicted: expected {len(expected)} values, as expected has, got {len(predicted)}")
     if not expected:
@@ -111,7 +111,7 @@ def bleu(
     """
     _check(hypotheses, references)
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise ImportError("BLEU needs sacrebleu: pip install 'seqkern[text]'") from error
     score = BLEU(tokenize="13a", lowercase=lowercase, force=True).corpus_score(

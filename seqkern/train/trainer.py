@@ -372,9 +372,10 @@ class Trainer:
             raise CheckpointError("resume: expected a folder `out` with a checkpoint, got None")
         path = self.out / "last.pt"
         if self.config.fsdp:
-            path = distributed.newest_sharded(self.out / "last")
-            if path is None:
+            newest = distributed.newest_sharded(self.out / "last")
+            if newest is None:
                 raise CheckpointError(f"checkpoint: no complete one below {self.out / 'last'}")
+            path = newest
             state = distributed.load_sharded(path, self.module, self.optimizer)
         else:
             state = checkpoint.load(path)

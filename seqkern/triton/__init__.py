@@ -7,9 +7,10 @@ attention's kernels and launchers, crf.py the conditional random field's.
 """
 
 from seqkern.triton.additive import additive_backward, additive_forward
-from seqkern.triton.attention import INTERPRET, attention_backward, attention_forward, attention_weights
+from seqkern.triton.attention import attention_backward, attention_forward, attention_weights
 from seqkern.triton.config import Config, tune, use_tuned
 from seqkern.triton.crf import crf_backward, crf_decode, crf_forward
+from seqkern.triton.tiles import INTERPRET
 
 __all__ = [
     "INTERPRET",

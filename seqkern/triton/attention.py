@@ -58,6 +58,7 @@ class Problem:
         self.v = None if self.v is None else rows_contiguous(self.v)
         self.packed = self.cu_q is not None
         if self.packed:
+            assert self.cu_q is not None
             self.B, self.L, self.S = self.cu_q.numel() - 1, self.max_q, self.max_k
             self.total_q, self.N, self.E = self.q.shape
             self.total_k, self.Nk, _ = self.k.shape
@@ -95,7 +96,7 @@ class Problem:
         """p_tiles and T: which tiles of `block` keys (or queries) hold valid rows, if a mask says which rows
         are."""
         rows = self.key_rows if keys else self.query_rows
-        if (self.keys if keys else self.queries) != MASK:
+        if rows is None or (self.keys if keys else self.queries) != MASK:
             return dict(p_tiles=None, T=0)
         if (keys, block) not in self._tiles:
             B, size = rows.shape
@@ -117,7 +118,7 @@ class Problem:
     def scores(self) -> dict[str, Any]:
         """The arguments and constants about q, k and bias that every kernel takes."""
         bias = self.bias
-        if self.bias_kind == BOOL_BIAS:
+        if bias is not None and self.bias_kind == BOOL_BIAS:
             bias = bias.view(torch.uint8)
         windowed = dict(LEFT=self.left >= 0, RIGHT=self.right >= 0)
         E0, E1 = split(self.E)
@@ -275,7 +276,7 @@ def attention_backward(
                 **problem.tiles_of(True, chosen.BLOCK_S), p_dq=dq,
                 **strides("dq", dq, "bnle", problem.packed), share=share, **chosen.options(),
             )  # fmt: skip
-        if need_dbias:
+        if need_dbias and bias is not None:
             chosen = problem.config("dbias", dw is not None)
             over_b, over_n, over_l, over_s = (size == 1 for size in bias.shape)
             grid = (1 if over_b else B) * (1 if over_n else N)
@@ -362,6 +363,6 @@ def precision(q: Tensor) -> str:
     return "ieee"
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

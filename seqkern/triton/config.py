@@ -159,7 +159,7 @@ def default_path() -> Path:
 _path: Path | None = None
 
 
-def use_tuned(path: str | os.PathLike | None) -> None:
+def use_tuned(path: str | os.PathLike[str] | None) -> None:
     """Take tuned configs from `path` from now on; None: from the default file."""
     global _path
     _path = None if path is None else Path(path)
@@ -222,7 +222,7 @@ def tune(
     dropout_p: float = 0.0,
     weights: bool = False,
     kernels: tuple[str, ...] | None = None,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     verbose: bool = False,
 ) -> dict[str, Config]:
     """Search the fastest configs for one problem on the current GPU, and store them for later lookups.
@@ -292,7 +292,7 @@ def search(
     first: Config,
     others: list[Config],
     agree: float,
-    time: Callable[[Callable], float],
+    time: Callable[[Callable[..., Any]], float],
     verbose: bool = False,
 ) -> tuple[Config, dict[Config, float]]:
     """The fastest config whose values agree with those of `first`, and every time measured."""
@@ -328,7 +328,21 @@ def near(x: torch.Tensor, expected: torch.Tensor, agree: float) -> bool:
     return bool((x - expected).abs().max() <= agree * expected.abs().max())
 
 
-def make_problem(B, N, L, E, Nk, S, Ev, dtype, causal, padding, bias, dropout_p, device) -> tuple[Any, ...]:
+def make_problem(
+    B: int,
+    N: int,
+    L: int,
+    E: int,
+    Nk: int,
+    S: int,
+    Ev: int,
+    dtype: torch.dtype,
+    causal: bool,
+    padding: float | None,
+    bias: bool,
+    dropout_p: float,
+    device: torch.device,
+) -> tuple[Any, ...]:
     """Random tensors in the operators' order."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -368,5 +382,5 @@ def make_problem(B, N, L, E, Nk, S, Ev, dtype, causal, padding, bias, dropout_p,
     )
 
 
-def _time(run: Callable) -> float:
+def _time(run: Callable[..., Any]) -> float:
     return triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median")

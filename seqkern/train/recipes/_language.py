@@ -88,7 +88,7 @@ class LanguageModelling(Recipe):
         ids = self.encode(prompt)
         if not len(ids):
             raise ValueError("generate: expected a prompt of at least one token")
-        drawn = model.generate(ids.to(device_of(model)), length, generator=generator, **sampling)  # type: ignore[operator]
+        drawn = model.generate(ids.to(device_of(model)), length, generator=generator, **sampling)
         return self.decode(drawn.tolist())
 
     def read_split(self, path: Path, split: str) -> list[Tensor]:

@@ -159,9 +159,9 @@ def training_texts(path: Path | None, held_out: float) -> tuple[list[str], list[
     Without a path, English at hand: docstrings of the standard library.
     """
     if path is not None and path.is_dir():
-        files = find(path, "train"), find(path, "valid")
-        if all(files):
-            train, valid = (read_texts(file) for file in files)
+        train_file, valid_file = find(path, "train"), find(path, "valid")
+        if train_file is not None and valid_file is not None:
+            train, valid = read_texts(train_file), read_texts(valid_file)
             return [text.text for text in train], [text.text for text in valid]
     train, valid = split_texts(toy.prose() if path is None else read_texts(path), held_out)
     return [text.text for text in train], [text.text for text in valid]

@@ -103,7 +103,7 @@ class Elmo(Recipe):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         chars, words, lengths = batch
-        return model.loss(chars, words, lengths) * _targets(batch)  # type: ignore[operator]
+        return model.loss(chars, words, lengths) * _targets(batch)
 
     def figures(self, model: nn.Module, examples: Any, *, final: bool = False) -> dict[str, float]:
         total, targets = 0.0, 0
@@ -119,7 +119,7 @@ class Elmo(Recipe):
         for text in texts:
             words = basic_english(text)
             chars, _, lengths = to_device(self.collate([[BEGIN, *words, END]]), device_of(model))
-            vectors = model.vectors(chars, lengths).mean(0)[0, 1:-1]  # type: ignore[operator]
+            vectors = model.vectors(chars, lengths).mean(0)[0, 1:-1]
             yield json.dumps({"words": words, "vectors": vectors.cpu().tolist()})
 
 

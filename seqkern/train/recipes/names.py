@@ -151,7 +151,7 @@ class NamesGeneration(Recipe):
             )
             raise ValueError(f"generate: expected one of {known}, got {language!r}")
         ids = torch.tensor(tokens.encode([_tag(language), *beginning])).to(device_of(model))
-        drawn = model.generate(ids, length, generator=generator, eos_idx=tokens[EOS], **sampling)  # type: ignore[operator]
+        drawn = model.generate(ids, length, generator=generator, eos_idx=tokens[EOS], **sampling)
         letters = tokens.decode(drawn[1:].tolist())
         return "".join(letters).partition(EOS)[0]
 

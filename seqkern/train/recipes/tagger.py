@@ -140,7 +140,7 @@ class Tagger(Recipe):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         ids, lengths, tags, chars = batch
-        return model.negative_log_likelihood(model(ids, lengths, chars), tags, lengths).sum()  # type: ignore[operator]
+        return model.negative_log_likelihood(model(ids, lengths, chars), tags, lengths).sum()
 
     def tags(self, model: nn.Module, sentences: Sequence[Tagged]) -> list[list[str]]:
         """The best tags of each sentence."""
@@ -149,7 +149,7 @@ class Tagger(Recipe):
         for indices in by_length([len(s.tokens) for s in sentences], 64):
             untagged = [Tagged(sentences[i].tokens, []) for i in indices]
             ids, lengths, _, chars = to_device(self.collate(untagged), device_of(model))
-            for i, row in zip(indices, model.decode(ids, lengths, chars), strict=True):  # type: ignore[operator]
+            for i, row in zip(indices, model.decode(ids, lengths, chars), strict=True):
                 results[i] = [names[tag] for tag in row]
         return results
 

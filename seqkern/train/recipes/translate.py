@@ -72,8 +72,8 @@ class Translate(Recipe):
         if path is None:
             pairs = toy.translations()
             train, valid = pairs[200:], pairs[:200]
-        elif _pairs_file(path):
-            pairs = self._read_pairs(_pairs_file(path))
+        elif (file := _pairs_file(path)) is not None:
+            pairs = self._read_pairs(file)
             train, valid = [p for i, p in enumerate(pairs) if i % 100], pairs[::100]
         else:
             train, valid = self._read(path, "train"), self._read(path, "valid")
@@ -168,7 +168,7 @@ class Translate(Recipe):
             sources, lengths, *_ = to_device(batch, device_of(model))
             if c.model == "lstm":
                 sources = sources.t()
-            found = model.decode(  # type: ignore[operator]
+            found = model.decode(
                 sources,
                 lengths,
                 max_len=c.max_len,
@@ -193,9 +193,9 @@ class Translate(Recipe):
         units, device = self.vocabularies["tokens"], device_of(model)
         source = units.encode(self._clean(text))
         sources = torch.tensor([source], device=device)
-        found = model.decode(sources, max_len=self.config.max_len)  # type: ignore[operator]
+        found = model.decode(sources, max_len=self.config.max_len)
         target = found.ids[0, : found.lengths[0]].tolist()
-        weights = model.attention_weights(sources, torch.tensor([[SOS, *target[:-1]]], device=device))  # type: ignore[operator]
+        weights = model.attention_weights(sources, torch.tensor([[SOS, *target[:-1]]], device=device))
         rows, columns = ([units.decode([i]) or "<eos>" for i in side] for side in (target, source))
         return weights[0], rows, columns
 
