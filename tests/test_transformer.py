@@ -1114,6 +1114,24 @@ def test_errors(kind: str, what: str, norm_first: bool) -> None:
     assert classes[1] is classes[0], raised.value
 
 
+def test_memory_may_be_missing_beside_a_cache_alone() -> None:
+    layer = seqkern.TransformerDecoderLayer(8, 2, 16)
+    step = torch.randn(1, 3, 8)
+    for decoder in (layer, seqkern.TransformerDecoder(layer, 1)):
+        with pytest.raises(ValueError, match="memory: expected a tensor where there is no cache, got None"):
+            decoder(step, None)
+        with pytest.raises(
+            ValueError, match="key: expected a tensor, as the cache is not complete; got None"
+        ):
+            decoder(step, None, cache=decoder.new_cache())
+    attention = seqkern.MultiHeadAttention(8, 2)
+    for name, key, value in (("key", None, None), ("value", step, None)):
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor where there is no cache, got None"):
+            attention(step, key, value)
+    with pytest.raises(ValueError, match="key: expected a tensor where there is no cache"):
+        attention(step[:, 0], None, None, attn_mask=torch.zeros(2, 1, 1))
+
+
 @pytest.mark.parametrize("kind", ["encoder_layer", "decoder_layer", "transformer"])
 def test_constructor_errors(kind: str) -> None:
     for options in (dict(activation="swish"), dict(d_model=15), dict(dropout=1.5)):

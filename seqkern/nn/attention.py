@@ -190,11 +190,14 @@ class MultiHeadAttention(torch.nn.MultiheadAttention):
             AssertionError, RuntimeError: as torch.nn.MultiheadAttention, for what does not fit
             ValueError: wrong lengths, query_padding_mask or query_lengths
         """
+        if cache is None and (key is None or value is None):
+            name = "key" if key is None else "value"
+            raise ValueError(f"{name}: expected a tensor where there is no cache, got None")
         extras = (lengths, query_padding_mask, query_lengths, cache)
         packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if _all_none(*extras, *packed) and _base.exporting_to_torchscript_or_onnx():
             if is_causal and attn_mask is None:
-                assert key is not None  # which may be missing beside a cache alone
+                assert key is not None
                 steps = 1 if self.batch_first and query.dim() == 3 else 0
                 attn_mask = torch.ones(
                     query.shape[steps], key.shape[steps], dtype=torch.bool, device=query.device

@@ -361,6 +361,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         )
         others = dict(tgt_lengths=tgt_lengths, memory_lengths=memory_lengths, cache=cache)
         causal: dict[str, Any] = dict(tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
+        if memory is None and cache is None:
+            raise ValueError("memory: expected a tensor where there is no cache, got None")
         if tgt.is_nested or (memory is not None and memory.is_nested):
             _expect_none("nested", **masks, **others, cu_seqlens=cu_seqlens)
             return _decode_nested(self, tgt, memory, causal)
@@ -691,6 +693,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         )
         others = dict(tgt_lengths=tgt_lengths, memory_lengths=memory_lengths)
         causal: dict[str, Any] = dict(tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
+        if memory is None and cache is None:
+            raise ValueError("memory: expected a tensor where there is no cache, got None")
         if tgt.is_nested or (memory is not None and memory.is_nested):
             _expect_none("nested", **masks, **others, cache=cache, cu_seqlens=cu_seqlens)
             return _decode_nested(self, tgt, memory, causal)
