@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import attention, cases, crf, encoder_decoder, huggingface, limits, store, variants
+from bench import attention, cases, crf, encoder_decoder, huggingface, limits, recipes, store, variants
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -540,6 +540,26 @@ def variants_table(results: Results) -> str:
     return table(head, rows) if rows else ""
 
 
+def recipes_table(found: dict[str, dict]) -> str:
+    """Recipes trained on both libraries' layers: figures of all seeds, and the speed."""
+    rows = []
+    for case in recipes.CASES:
+        entry = found.get(case.name)
+        if entry is None:
+            continue
+        got = entry["summary"]
+        both = f"{got['seqkern']:.4f} / {got['torch']:.4f}"
+        verdict = f"{got['spread']:.4f} {'✓' if got['within'] else '✗'}"
+        goal = recipes.SPEED_TARGET if case.recurrent else None
+        rows.append([case.name, got["metric"], both, verdict, verdict_cell(got["ratio"], goal)])
+    seeds = {len(entry["seeds"]) for entry in found.values()}
+    head = [
+        f"recipe, cut short, {'–'.join(map(str, sorted(seeds)))} seeds",
+        *("metric", "seqkern / torch.nn, means", "torch.nn's spread", "speed of training"),
+    ]
+    return table(head, rows) if rows else ""
+
+
 def losses_line(results: Results) -> str:
     measured, lost = whole_passes(results), slower(results)
     if not lost:
@@ -578,6 +598,7 @@ def machine_section(results: Results) -> str:
         huggingface_table(results),
         crf_table(results),
         variants_table(results),
+        recipes_table(recipes.load(results.slug)),
         f"![Speed relative to torch.nn, by case]({page}/speed.png)",
     ]
     return "\n\n".join(part for part in parts if part)

@@ -13,7 +13,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, harness, limits, machine, memory, parity, report, store  # noqa: E402
+from bench import cases, harness, limits, machine, memory, parity, recipes, report, store  # noqa: E402
 
 RUN = {
     "date": "2026-01-02T03:04Z",
@@ -398,3 +398,54 @@ def test_memory_peak_counts_what_a_step_needs() -> None:
     peak = memory.training_step_peak(torch.nn, "LSTM", case, "cpu")
     outputs = case.T * case.B * case.H * 4
     assert outputs < peak < 60 * outputs
+
+
+# ---- recipes on several seeds ------------------------------------------------------------------------------
+
+
+def test_a_recipe_on_both_libraries(tmp_path: pathlib.Path, monkeypatch, capsys) -> None:
+    """A real run, cut down, from the command to the table."""
+    tiny = recipes.Case("names", "names", ("epochs=1", "hidden_size=8", "embed_dim=4"))
+    monkeypatch.setattr(recipes, "CASES", (tiny, recipes.Case("far", "questions", data="nowhere")))
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    assert recipes.main(["--seeds", "2"]) == 0
+    assert "left out: far: no folder nowhere in --data" in capsys.readouterr().out
+    slug = str(machine.machine("cpu")["slug"])
+    found = recipes.load(slug)
+    assert (
+        list(found) == ["names"]
+        and found["names"]["command"] == f"train {tiny.recipe} epochs=1 {' '.join(tiny.options[1:])}"
+    )
+    first, second = found["names"]["seeds"]
+    assert first["seqkern"] == pytest.approx(first["torch"], rel=0.05)
+    assert first["seqkern"]["loss"] != second["seqkern"]["loss"]
+    assert first["ratio"] > 0
+    text = report.recipes_table(found)
+    assert text.splitlines()[0].startswith("| recipe, cut short, 2 seeds | metric |")
+    assert text.splitlines()[2].startswith("| names | accuracy | ")
+
+
+def test_summary_of_seeds() -> None:
+    seeds = [
+        dict(seed=k, ratio=ratio, seqkern={"bleu": ours}, torch={"bleu": theirs})
+        for k, (ratio, ours, theirs) in enumerate([(1.4, 0.30, 0.31), (1.7, 0.33, 0.29), (1.6, 0.30, 0.30)])
+    ]
+    got = recipes.summary({"seeds": seeds}, "bleu")
+    assert got["ratio"] == 1.6 and got["spread"] == pytest.approx(0.02) and got["within"]
+    seeds[0]["seqkern"]["bleu"] = 0.4
+    assert not recipes.summary({"seeds": seeds}, "bleu")["within"]
+
+
+def test_short_pairs() -> None:
+    lines = [
+        "I am cold.\tJ'ai froid.\tsource",
+        "Go!\tVa !",
+        f"He's {'very ' * 9}old.\tIl est vieux.",
+        "I amble.\tJe vais.",
+    ]
+    assert recipes.short_pairs(lines) == ["i am cold .\tj ai froid ."]
+
+
+@pytest.mark.parametrize("case", recipes.CASES, ids=lambda case: case.name)
+def test_every_case_is_a_recipes(case: recipes.Case) -> None:
+    assert recipes.metric_of(case) in {"accuracy", "nats", "f1", "bleu"}
