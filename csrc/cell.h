@@ -301,7 +301,8 @@ struct SlstmCell {
     const V c = f * state[0] + i * regular.candidate(z);
     const V n = f * state[1] + i;
     state[0] = c, state[1] = n, state[2] = m;
-    saved[0] = m == pre[0] ? i : -i;  // the sign keeps which of the two m is, also rounded to 16 bits
+    saved[0] =
+        m == pre[0] ? i : -i;  // the sign keeps which of the two m is, also rounded to 16 bits
     saved[1] = f, saved[2] = z, saved[3] = o, saved[4] = Math::sigmoid(pre[1]);
     saved[5] = c, saved[6] = n, saved[7] = m;
     return o * c / n;
