@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | docs | lint | sanitize | build | clean
+# make demo | test | test-all | bench | docs | lint | sanitize | fuzz | build | clean
 #
 # The first target that you ask for makes .venv, installs the pinned tools and builds the extension; after that, only what
 # changed is done again. PYTHON chooses the interpreter that .venv is made with.
@@ -16,7 +16,7 @@ BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.seqkern-built
 
-.PHONY: demo test test-all bench docs lint sanitize build clean
+.PHONY: demo test test-all bench docs lint sanitize fuzz build clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -31,6 +31,11 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PY) -m pytest -q
 	$(MAKE) sanitize
+
+# Wrong arguments to every compiled operator, for as many minutes, from another seed each day.
+MINUTES ?= 60
+fuzz: $(BUILT)
+	$(PY) tests/fuzz_operators.py --minutes $(MINUTES) --seed $$(date +%Y%m%d) | tail -n 3
 
 bench: $(BUILT)
 	$(PY) -m pytest -q bench --benchmark
@@ -72,7 +77,7 @@ SANITIZE := build/sanitize
 SANITIZED_TESTS := tests/test_rnn.py tests/test_lstm.py tests/test_gru.py tests/test_cells.py tests/test_lengths.py \
 	tests/test_packed.py tests/test_inputs.py tests/test_kernels.py tests/test_threads.py tests/test_attention.py \
 	tests/test_multi_head_attention.py tests/test_additive_attention.py \
-	tests/test_attention_decoder.py tests/test_crf.py tests/test_variants.py tests/test_cuda.py tests/test_cuda_on_cpu.py \
+	tests/test_attention_decoder.py tests/test_fuzz.py tests/test_crf.py tests/test_variants.py tests/test_cuda.py tests/test_cuda_on_cpu.py \
 	tests/test_cuda_variants.py
 
 sanitize: $(BUILT)
