@@ -21,6 +21,7 @@ import os, resource, signal, sys, time
 import torch, seqkern
 from pathlib import Path
 from seqkern.train import checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job may not have
 torch.set_num_threads(2)
 torch.manual_seed(0)
 """
