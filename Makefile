@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | docs | lint | sanitize | fuzz | build | clean
+# make demo | test | test-all | bench | docs | wheel | lint | sanitize | fuzz | build | clean
 #
 # The first target that you ask for makes .venv, installs the pinned tools and builds the extension; after that, only what
 # changed is done again. PYTHON chooses the interpreter that .venv is made with.
@@ -16,7 +16,7 @@ BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.seqkern-built
 
-.PHONY: demo test test-all bench docs lint sanitize fuzz build clean
+.PHONY: demo test test-all bench docs wheel lint sanitize fuzz build clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -45,6 +45,29 @@ bench: $(BUILT)
 docs: $(TOOLS)
 	$(PIP) install --quiet --require-hashes --no-deps -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# One wheel for this Python and every torch in WHEEL_TORCHES, and the sdist, in dist. Of a torch only what it takes to
+# compile and link is kept. The wheel's tag says which glibc it needs; torch's libraries are not copied into it.
+WHEEL_TORCHES ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+TORCH_FOLDERS = $(WHEEL_TORCHES:%=build/torch/%)
+empty :=
+space := $(empty) $(empty)
+wheel: $(TOOLS) $(TORCH_FOLDERS)
+	$(PIP) install --quiet --require-hashes --no-deps -r requirements/wheel.txt
+	rm -rf dist build/wheel build/lib.*
+	SEQKERN_TORCHES=$(subst $(space),:,$(abspath $(TORCH_FOLDERS))) \
+		$(PY) -m build --no-isolation --wheel --outdir build/wheel .
+	$(PY) -m build --no-isolation --sdist .
+	PATH=$(abspath $(VENV)/bin):$$PATH $(PY) -m auditwheel repair --wheel-dir dist \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' build/wheel/*.whl
+
+TORCH_PARTS := torch/(include/.*|lib/lib(c10|torch_cpu|torch_python|gomp)\.so.*|__init__\.py|version\.py)
+build/torch/%: | $(TOOLS)
+	$(PIP) download --quiet --no-deps --only-binary :all: --dest $@.download torch==$*
+	$(PY) -c "import re, sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
+		wheel.extractall('$@.part', [n for n in wheel.namelist() if re.fullmatch(r'$(TORCH_PARTS)', n)])" $@.download/*.whl
+	rm -r $@.download
+	mv $@.part $@
 
 lint: $(TOOLS)
 	$(VENV)/bin/ruff check

@@ -17,7 +17,17 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from bench import attention, cases, crf, encoder_decoder, huggingface, limits, recipes, store, variants
+from bench import (
+    attention,
+    cases,
+    crf,
+    encoder_decoder,
+    huggingface,
+    limits,
+    recipes,
+    store,
+    variants,
+)
 from bench.machine import QUIET, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -558,6 +568,41 @@ def recipes_table(found: dict[str, dict]) -> str:
         *("metric", "seqkern / torch.nn, means", "torch.nn's spread", "speed of training"),
     ]
     return table(head, rows) if rows else ""
+
+
+def numerics_table(found: dict[str, dict]) -> str:
+    """Errors in units in the last place: of outputs and of gradients, seqkern's and the peer's."""
+    rows = []
+    for entry in found.values():
+        row = [entry["layer"], entry["range"], entry["dtype"], entry["peer_is"]]
+        for part in ("output", "gradient"):
+            for figure in ("mean", "max"):
+                row.append(" / ".join(_ulps(entry[side][part], figure) for side in ("seqkern", "peer")))
+        rows.append(row)
+    head = ["layer", "inputs", "dtype", "peer"]
+    head += [f"{part}, {figure}" for part in ("outputs", "gradients") for figure in ("mean", "largest")]
+    return table(head, rows) if rows else ""
+
+
+def training_table(found: dict[str, dict]) -> str:
+    """Long runs: the losses of both at the end, and how far apart the curves are at most."""
+    rows = []
+    for name, entry in found.items():
+        got = entry["summary"]
+        beyond = f"{got['worst']:.2f}; {got['windows_beyond']} of {got['windows']} beyond 1"
+        last = f"{got['last_seqkern']:.4f} / {got['last_torch']:.4f}"
+        rows.append([name, entry["steps"], last, f"{got['last_spread']:.4f}", beyond])
+    head = ["model", "steps", "last loss, seqkern / torch.nn", "spread", "largest distance in spreads"]
+    return table(head, rows) if rows else ""
+
+
+def _ulps(errors: Entry, figure: str) -> str:
+    if errors["elements"] == 0:
+        return "–"
+    if errors[figure] is None:
+        return "none finite"
+    lost = f" ({errors['not_finite']} of {errors['elements']} not finite)" if errors["not_finite"] else ""
+    return f"{errors[figure]:.3g}{lost if figure == 'max' else ''}"
 
 
 def losses_line(results: Results) -> str:

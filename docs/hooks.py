@@ -2,8 +2,8 @@
 
 A link from a page to a file of the repository, such as ../csrc/cell.h, leads on the site to a copy of it
 below repository/: Markdown and sources as pages, anything else as it is. So the pages read the same on the
-site and in a checkout, and the site needs nothing but itself. In results.md two comments, `speed` and
-`recipes`, stand for what bench/results/ gives.
+site and in a checkout, and the site needs nothing but itself. In results.md comments, such as `speed`, stand
+for what bench/results/ gives.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def text_of(path: str) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
     if path == "docs/results.md":
         text = text.replace("<!-- speed -->", speed()).replace("<!-- recipes -->", recipes())
+        text = text.replace("<!-- numerics -->", numerics()).replace("<!-- training -->", long_runs())
     return text
 
 
@@ -110,6 +111,20 @@ def speed() -> str:
 
     parts = [f"## {one.machine['model']}\n\n{report.machine_section(one)}" for one in report.load_all()]
     return "\n\n".join(parts).replace("](bench/", "](../bench/")
+
+
+def numerics() -> str:
+    from bench import numerics, report, store
+
+    slugs = sorted(path.parents[1].name for path in store.RESULTS.glob("*/numerics/ulp.json"))
+    return "\n\n".join(f"### {slug}\n\n{report.numerics_table(numerics.load(slug))}" for slug in slugs)
+
+
+def long_runs() -> str:
+    from bench import report, store, training
+
+    slugs = sorted(path.parents[1].name for path in store.RESULTS.glob("*/numerics/training.json"))
+    return "\n\n".join(f"### {slug}\n\n{report.training_table(training.load(slug))}" for slug in slugs)
 
 
 def logs() -> list[Path]:

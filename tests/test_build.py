@@ -15,7 +15,8 @@ from seqkern import _extension
 
 PACKAGE = Path(seqkern.__file__).parent
 ROOT = Path(__file__).parent.parent
-EXTENSION = _extension.find_extension(PACKAGE)
+EXTENSION = next(iter(_extension.find_extensions(PACKAGE)), None)
+KERNELS = PACKAGE / "libseqkern_kernels.so"
 
 needs_extension_file = pytest.mark.skipif(EXTENSION is None, reason="seqkern was built without its extension")
 
@@ -33,8 +34,19 @@ def python(code: str, cwd: Path, path: Path | None = None) -> subprocess.Complet
 @pytest.fixture
 def package_copy(tmp_path: Path) -> Path:
     """A directory with seqkern's Python files and no extension."""
-    shutil.copytree(PACKAGE, tmp_path / "seqkern", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "seqkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
+
+
+def extension_for(minor: str) -> bytes:
+    """The extension, as if built for another torch, 2.`minor`, two digits as this one's."""
+    built_for = _extension.built_for(EXTENSION)
+    other = f"{built_for[: built_for.index('.')]}.{minor}" + built_for[built_for.index(".") + 3 :]
+    assert len(other) == len(built_for), "written over the mark, in place"
+    content = EXTENSION.read_bytes()
+    mark = f"seqkern was built for torch={built_for}".encode()
+    assert content.count(mark) == 1
+    return content.replace(mark, f"seqkern was built for torch={other}".encode())
 
 
 @pytest.mark.skipif(
@@ -183,17 +195,47 @@ def test_types_reach_the_user(package_copy: Path) -> None:
     assert found == wanted, run.stdout + run.stderr
 
 
+def exported(library: Path) -> set[str]:
+    listing = subprocess.run(
+        ["nm", "-D", "-C", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    return {line.split(maxsplit=2)[2] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3}
+
+
 @needs_extension_file
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
-def test_extension_exports_nothing_of_ours() -> None:
+def test_libraries_export_little() -> None:
     """A symbol that is visible to other libraries could be replaced by theirs, or replace theirs."""
-    listing = subprocess.run(
-        ["nm", "-D", "-C", "--defined-only", str(EXTENSION)], capture_output=True, text=True, check=True
-    ).stdout
-    names = [line.split(maxsplit=2)[2] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3]
-    assert "PyInit__C" in names
-    ours = [name for name in names if "seqkern" in name or name.startswith(("cuda", "cu"))]
+    extension, kernels = exported(EXTENSION), exported(KERNELS)
+    assert "PyInit__C" in extension
+    ours = [name for name in extension if "seqkern" in name or name.startswith(("cuda", "cu"))]
     assert not ours, ours
+    assert "seqkern::kernels()" in kernels
+    loud = [
+        name
+        for name in kernels
+        if name.startswith(("cuda", "cu"))
+        or any(f"seqkern::{isa}::" in name for isa in seqkern.info().build["instruction_sets"])
+    ]
+    assert not loud, loud
+
+
+@needs_extension_file
+def test_of_several_extensions_the_one_for_this_torch_is_loaded(package_copy: Path) -> None:
+    suffix = EXTENSION.name.removeprefix("_C")
+    shutil.copy(KERNELS, package_copy / "seqkern")
+    for number, content in enumerate((extension_for("98"), EXTENSION.read_bytes(), extension_for("99"))):
+        (package_copy / "seqkern" / f"_C_{number}{suffix}").write_bytes(content)
+    run = python(
+        "import seqkern, torch\n"
+        "seqkern.GRU(3, 4)(torch.randn(5, 2, 3))\n"
+        "print(*(line.split()[-1] for line in open('/proc/self/maps') if '/seqkern/' in line), sep='\\n')",
+        cwd=package_copy,
+        path=package_copy,
+    )
+    assert run.stderr == ""
+    loaded = {Path(file).name for file in run.stdout.split()}
+    assert loaded == {f"_C_1{suffix}", KERNELS.name}
 
 
 def test_without_extension_it_says_so_once_and_works(package_copy: Path) -> None:
@@ -218,14 +260,7 @@ def test_without_extension_it_says_so_once_and_works(package_copy: Path) -> None
 
 @needs_extension_file
 def test_extension_for_another_torch_is_left_out(package_copy: Path) -> None:
-    built_for = _extension.built_for(EXTENSION)
-    other = f"{built_for[: built_for.index('.')]}.99" + built_for[built_for.index(".") + 3 :]
-    assert len(other) == len(built_for), "written over the mark, in place"
-    content = EXTENSION.read_bytes()
-    mark = f"seqkern was built for torch={built_for}".encode()
-    assert content.count(mark) == 1
-    changed = content.replace(mark, f"seqkern was built for torch={other}".encode())
-    (package_copy / "seqkern" / EXTENSION.name).write_bytes(changed)
+    (package_copy / "seqkern" / EXTENSION.name).write_bytes(extension_for("99"))
 
     found = ".".join(torch.__version__.split(".")[:2])
     why_not = f"built for torch 2.99, found {found}: reinstall seqkern"
@@ -280,7 +315,7 @@ def test_install_without_extension(variable: str, value: str, reason: str, tmp_p
     log = install.stdout + install.stderr
     assert install.returncode == 0, log
     assert f"installed without its compiled kernels (eager backend only): {reason}" in log
-    assert not list((target / "seqkern").glob("_C.*"))
+    assert not list((target / "seqkern").glob("*.so"))
     assert (target / "seqkern" / "py.typed").is_file()
     run = python(
         "import seqkern, torch; print(seqkern.__file__)\n"

@@ -1,4 +1,4 @@
-"""The persistent CUDA kernels as nvcc compiled them into the extension: registers and stack, without a GPU.
+"""The persistent CUDA kernels as nvcc compiled them: registers and stack, without a GPU.
 
 W lies in registers all through a kernel, so a kernel that spills (its stack holds nothing else) reads local
 memory at every step. Held to the figures recorded for this nvcc in tests/cuda_resources.json. After a change
@@ -18,6 +18,7 @@ import pytest
 
 from seqkern import _extension
 
+KERNELS = Path(_extension.__file__).with_name("libseqkern_kernels.so")
 RECORDED = Path(__file__).with_name("cuda_resources.json")
 PRODUCTS = ("f16", "bf16", "tf32", "tf32x3")
 KERNEL = re.compile(
@@ -41,12 +42,12 @@ def cuobjdump() -> str | None:
     return str(path) if path.is_file() else None
 
 
-def resources(extension: Path) -> dict[str, dict[str, int]]:
+def resources(library: Path) -> dict[str, dict[str, int]]:
     """Registers and bytes of stack by "sm_90a lstm forward bf16 grid 1": the last, pairs per thread."""
     program = cuobjdump()
     assert program is not None
     run = subprocess.run(
-        [program, "--dump-resource-usage", str(extension)], capture_output=True, text=True, check=True
+        [program, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     )
     found = {}
     for part in run.stdout.split("Fatbin elf code:")[1:]:
@@ -67,15 +68,14 @@ def compiler() -> str:
 
 
 def built() -> Path:
-    """The extension, or a skip that says what is missing."""
-    extension = _extension.find_extension(Path(_extension.__file__).parent)
-    if extension is None or _extension._C is None:
+    """The library of kernels, or a skip that says what is missing."""
+    if _extension._C is None:
         pytest.skip(f"no extension: {_extension.WHY_NOT}")
     if not _extension._C.build_info()["cuda"]:
         pytest.skip("the extension was built without nvcc")
     if cuobjdump() is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
-    return extension
+    return KERNELS
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
@@ -127,10 +127,9 @@ def test_little_is_spilled() -> None:
 
 def record() -> None:
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    extension = _extension.find_extension(Path(_extension.__file__).parent)
-    if extension is None:
+    if _extension._C is None:
         sys.exit(f"no extension: {_extension.WHY_NOT}")
-    recorded[compiler()] = dict(sorted(resources(extension).items()))
+    recorded[compiler()] = dict(sorted(resources(KERNELS).items()))
     kernels = {
         nvcc: "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in figures.items()) + "\n }"
         for nvcc, figures in recorded.items()

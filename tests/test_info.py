@@ -168,16 +168,22 @@ def test_wrong_command_names_the_right_ones(arguments: list[str], capsys: pytest
 @pytest.mark.parametrize(
     ("built", "found", "expected"),
     [
-        ("2.13.0+cpu", "2.13.0+cpu", None),
-        ("2.13.0+cpu", "2.13.2+cu130", None),
-        ("2.13.0+cpu", "2.14.0", "built for torch 2.13, found 2.14: reinstall seqkern"),
-        ("2.13.0", "3.13.0", "built for torch 2.13, found 3.13: reinstall seqkern"),
-        ("2.1.0", "2.13.0", "built for torch 2.1, found 2.13: reinstall seqkern"),
-        ("2.14.0a0+git1234567", "2.14.0", None),
-        (None, "2.13.0", "the extension does not say which torch it was built for: reinstall seqkern"),
+        (["2.13.0+cpu"], "2.13.0+cpu", None),
+        (["2.13.0+cpu"], "2.13.2+cu130", None),
+        (["2.13.0+cpu"], "2.14.0", "built for torch 2.13, found 2.14: reinstall seqkern"),
+        (["2.13.0"], "3.13.0", "built for torch 2.13, found 3.13: reinstall seqkern"),
+        (["2.1.0"], "2.13.0", "built for torch 2.1, found 2.13: reinstall seqkern"),
+        (["2.14.0a0+git1234567"], "2.14.0", None),
+        (["2.11.0", "2.12.1", "2.13.0"], "2.12.0", None),
+        (
+            ["2.11.0", "2.12.1", "2.13.0"],
+            "2.1.3",
+            "built for torch 2.11, 2.12 and 2.13, found 2.1: reinstall seqkern",
+        ),
+        ([], "2.13.0", "the extension does not say which torch it was built for: reinstall seqkern"),
     ],
 )
-def test_mismatch(built: str | None, found: str, expected: str | None) -> None:
+def test_mismatch(built: list[str], found: str, expected: str | None) -> None:
     assert _extension.mismatch(built, found) == expected
 
 

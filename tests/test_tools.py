@@ -1,5 +1,7 @@
-"""PyTorch's tools that meet a layer in deployment: TorchScript, ONNX, AOTInductor, loss scaling, profiles."""
+"""PyTorch's tools that meet a layer in deployment: TorchScript, ONNX, AOTInductor, loss scaling, profiles,
+heads on several devices."""
 
+import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,3 +266,47 @@ def test_deterministic_algorithms(name: str) -> None:
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(*runs, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- heads on several devices ------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Grouped-query attention, its number of heads read off what the projections give."""
+
+    def __init__(self, E: int = 32, N: int = 4, Nk: int = 2) -> None:
+        super().__init__()
+        self.head_dim = E // N
+        self.q, self.out = nn.Linear(E, E), nn.Linear(E, E)
+        self.k, self.v = (nn.Linear(E, Nk * self.head_dim) for _ in range(2))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = seqkern.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, lengths=lengths)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def tensor_parallel(rank: int, store: str) -> None:
+    """One of two processes, each with half of the heads: outputs and gradients of the whole."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    whole, x, lengths = Heads(), torch.randn(3, 7, 32), torch.tensor([7, 2, 5])
+    split = copy.deepcopy(whole)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    columns = {name: ColwiseParallel() for name in ("q", "k", "v")}
+    parallelize_module(split, mesh, columns | {"out": RowwiseParallel()})
+    assert split.q.weight.to_local().shape == (16, 32)
+    ys = [module(x, lengths) for module in (whole, split)]
+    torch.testing.assert_close(ys[1], ys[0])
+    for y in ys:
+        y.square().sum().backward()
+    for (name, p), part in zip(whole.named_parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(part.grad.full_tensor(), p.grad, msg=lambda m, name=name: f"{name}: {m}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_tensor_parallel_heads(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(tensor_parallel, (str(tmp_path / "store"),), nprocs=2)

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 
+#pragma GCC visibility push(default)  // exported: the torch side calls it
 namespace seqkern {
 
 const KernelTable& kernels();
@@ -14,3 +15,4 @@ std::vector<std::string> instruction_sets();        // that were built and run h
 void set_instruction_set(const std::string& name);  // throws std::invalid_argument
 
 }  // namespace seqkern
+#pragma GCC visibility pop

@@ -5,6 +5,7 @@
 
 #include "plan.h"
 
+#pragma GCC visibility push(default)  // exported: the torch side calls it
 namespace seqkern::cuda {
 
 // The driver, the runtime and every device, one line each; "no CUDA driver" where there is none.
@@ -21,3 +22,4 @@ void use_device(int device);
 Facts device_facts(int device);
 
 }  // namespace seqkern::cuda
+#pragma GCC visibility pop

@@ -14,6 +14,7 @@
 #include "../params.h"
 #include "plan.h"
 
+#pragma GCC visibility push(default)  // exported: the torch side calls it
 namespace seqkern::cuda {
 
 // Where the rows of a padded, ragged or packed batch lie. Device memory.
@@ -217,3 +218,4 @@ void gather_unprojected(const BackwardParams& params, int64_t d, void* m, void* 
 void write_numbers(const int64_t* numbers, int64_t count, int64_t* to, void* stream);
 
 }  // namespace seqkern::cuda
+#pragma GCC visibility pop

@@ -9,6 +9,7 @@
 
 #include "../params.h"
 
+#pragma GCC visibility push(default)  // exported: the torch side calls it
 namespace seqkern::cuda {
 
 enum class Pass { forward, backward };
@@ -73,3 +74,4 @@ Plan choose(const PlanRequest& request, const Facts& facts, const Tier* wish = n
 std::string explain(const PlanRequest& request, const Facts& facts);
 
 }  // namespace seqkern::cuda
+#pragma GCC visibility pop

@@ -334,7 +334,7 @@ def parity(
     peer, ours = comparison.build(dtype)
     inputs = comparison.inputs(dtype)
     peer_errors, exact = _peer_errors(comparison, peer, inputs, device)
-    found = _outputs_and_gradients(comparison.call_ours, ours.to(device), tuple(x.to(device) for x in inputs))
+    found = outputs_and_gradients(comparison.call_ours, ours.to(device), tuple(x.to(device) for x in inputs))
     errors = {name: _error(found[name], wanted) for name, wanted in exact.items()}
     floor = floor_ulp * torch.finfo(dtype).eps * (4 if dtype == torch.float64 else 1)
     if comparison.is_wide and dtype.itemsize == 2:
@@ -362,8 +362,8 @@ def _peer_errors(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """torch.nn's error in each tensor, and the tensors in float64."""
     oracle = copy.deepcopy(peer).cpu().double()
-    exact = _outputs_and_gradients(comparison.call_peer, oracle, tuple(x.cpu().double() for x in inputs))
-    theirs = _outputs_and_gradients(
+    exact = outputs_and_gradients(comparison.call_peer, oracle, tuple(x.cpu().double() for x in inputs))
+    theirs = outputs_and_gradients(
         comparison.call_peer, copy.deepcopy(peer).to(device), tuple(x.to(device) for x in inputs)
     )
     return {name: _error(theirs[name], wanted) for name, wanted in exact.items()}, exact
@@ -392,7 +392,7 @@ def _nudged(
     return module, tuple(nudge(x) for x in inputs)
 
 
-def _outputs_and_gradients(call: Call, module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def outputs_and_gradients(call: Call, module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Outputs, and gradients of their inner product with fixed random directions, by name."""
     leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
     outputs = call(module, leaves)
