@@ -92,32 +92,45 @@ $(BUILT): $(TOOLS) $(BUILD_INPUTS)
 	$(PIP) install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-# ---- The kernels under AddressSanitizer and UndefinedBehaviorSanitizer ------------------------------------------------
+# ---- The kernels under sanitizers --------------------------------------------------------------------------------------
 # A copy of the package gets a sanitized extension; Python itself is not sanitized, so the runtime comes by LD_PRELOAD
 # (with libstdc++, or the sanitizer misses C++ exceptions), and leaks, which would be Python's, are not looked for.
+#   make sanitize                     AddressSanitizer and UndefinedBehaviorSanitizer
+#   make sanitize SANITIZER=thread    ThreadSanitizer; addresses where they always are (setarch -R), as it wants them
 
-SANITIZE := build/sanitize
+SANITIZER ?= address,undefined
+SANITIZE := build/sanitize-$(SANITIZER)
+ifeq ($(SANITIZER),thread)
+SANITIZED_TESTS := tests/test_threads.py tests/test_lstm.py tests/test_gru.py tests/test_lengths.py tests/test_packed.py \
+	tests/test_variants.py tests/test_regularisers.py tests/test_attention.py tests/test_additive_attention.py \
+	tests/test_attention_decoder.py tests/test_crf.py
+SANITIZER_RUNTIME := libtsan.so
+SANITIZER_LAUNCH := setarch -R
+else
 SANITIZED_TESTS := tests/test_rnn.py tests/test_lstm.py tests/test_gru.py tests/test_cells.py tests/test_lengths.py \
 	tests/test_packed.py tests/test_inputs.py tests/test_kernels.py tests/test_threads.py tests/test_attention.py \
 	tests/test_multi_head_attention.py tests/test_additive_attention.py \
 	tests/test_attention_decoder.py tests/test_fuzz.py tests/test_crf.py tests/test_variants.py tests/test_cuda.py tests/test_cuda_on_cpu.py \
 	tests/test_cuda_variants.py
+SANITIZER_RUNTIME := libasan.so
+endif
 
 sanitize: $(BUILT)
 	rm -rf $(SANITIZE)/tree && mkdir -p $(SANITIZE)/tree
 	cp -r seqkern tests pyproject.toml $(SANITIZE)/tree
 	rm -f $(SANITIZE)/tree/seqkern/*.so
 	$(VENV)/bin/cmake -S . -B $(SANITIZE)/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) \
-		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DSEQKERN_SANITIZE=address,undefined -DSEQKERN_CUDA=OFF \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) -DSEQKERN_SANITIZE=$(SANITIZER) -DSEQKERN_CUDA=OFF \
 		-DSEQKERN_OUTPUT_DIR=$(abspath $(SANITIZE)/tree/seqkern)
 	$(VENV)/bin/cmake --build $(SANITIZE)/cmake --target _C cuda_on_cpu cuda_on_cpu_selftest
 	cd $(SANITIZE)/tree && \
-		export LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" && \
+		export LD_PRELOAD="$$(c++ -print-file-name=$(SANITIZER_RUNTIME)) $$(c++ -print-file-name=libstdc++.so)" && \
 		export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+		export TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_noninstrumented_modules=1 die_after_fork=0" && \
 		export SEQKERN_CUDA_ON_CPU=$(abspath $(SANITIZE)/cmake/tests/cuda_on_cpu) && \
-		$(abspath $(PY)) -c "import seqkern; assert seqkern.info().build.get('sanitize'), seqkern.info()" && \
-		$(abspath $(PY)) -m pytest -q -x -m "not slow" -p no:cacheprovider $(wildcard $(SANITIZED_TESTS))
+		$(SANITIZER_LAUNCH) $(abspath $(PY)) -c "import seqkern; assert seqkern.info().build.get('sanitize'), seqkern.info()" && \
+		$(SANITIZER_LAUNCH) $(abspath $(PY)) -m pytest -q -x -m "not slow" -p no:cacheprovider $(wildcard $(SANITIZED_TESTS))
 
 clean:
-	rm -rf build dist *.egg-info seqkern/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(BUILT)
+	rm -rf build dist *.egg-info seqkern/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks $(BUILT)
 	find seqkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

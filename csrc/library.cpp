@@ -78,7 +78,8 @@ TORCH_LIBRARY(seqkern, library) {
 
 TORCH_LIBRARY_IMPL(seqkern, CUDA, library) { seqkern::cuda::implement_layers(library); }
 
-PYBIND11_MODULE(_C, module) {
+// Free-threaded Pythons may go on without their lock: what is shared here is atomic or constant.
+PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
   module.doc() = "seqkern's compiled operators: importing it registers torch.ops.seqkern";
   module.def("build_info", [] {
     pybind11::dict info;

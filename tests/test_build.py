@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -282,6 +283,42 @@ def test_extension_for_another_torch_is_left_out(package_copy: Path) -> None:
     assert why_not in " ".join(error_lines), "a backend that the caller names says why it cannot run"
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make wheel` gives beside the wheel, of the files that git knows, unpacked."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in filter(None, listing.stdout.split("\0")):
+        if (ROOT / name).exists():  # it may be deleted, and not yet committed so
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=checkout, check=True, capture_output=True)
+    (archive,) = checkout.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(checkout / "unpacked", filter="data")
+    (unpacked,) = (checkout / "unpacked").iterdir()
+    return unpacked
+
+
+def test_sdist_is_complete(sdist: Path) -> None:
+    """Every file of the project but git's own and CI's."""
+    found = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    checkout = sdist.parents[1]
+    wanted = {
+        path.relative_to(checkout).as_posix()
+        for path in checkout.rglob("*")
+        if path.is_file()
+        and path.relative_to(checkout).parts[0] not in ("unpacked", "dist", "seqkern.egg-info")
+    }
+    assert wanted - found == {".gitignore", ".ci/run"}
+    assert {name for name in found - wanted if not name.startswith("seqkern.egg-info/")} == {
+        "PKG-INFO",
+        "setup.cfg",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
@@ -291,26 +328,12 @@ def test_extension_for_another_torch_is_left_out(package_copy: Path) -> None:
     ],
     ids=["switched off", "no compiler"],
 )
-def test_install_without_extension(variable: str, value: str, reason: str, tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    keep = [
-        "csrc",
-        "cmake",
-        "seqkern",
-        "CMakeLists.txt",
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-    ]
-    source.mkdir()
-    for name in keep:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(ROOT / name, source)
+def test_install_without_extension(
+    variable: str, value: str, reason: str, sdist: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-v", "--no-index"]
-    pip += ["--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    pip += ["--no-deps", "--no-build-isolation", "--target", str(target), str(sdist)]
     install = subprocess.run(pip, env={**os.environ, variable: value}, text=True, capture_output=True)
     log = install.stdout + install.stderr
     assert install.returncode == 0, log

@@ -218,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (d.T > 1)
     dw.addmm_(dproducts.narrow(0, 1, d.T - 1).flatten(0, 1).t(),
               y.narrow(0, 0, d.T - 1).flatten(0, 1));
-  const Tensor db_hh = b_hh ? dproducts.narrow(2, d.A, GH).sum({0, 1}) : at::empty({0}, options);
+  const Tensor db_hh =
+      b_hh ? dproducts.narrow(2, d.A, GH).sum(at::IntArrayRef({0, 1})) : at::empty({0}, options);
   const Tensor dw_context = at::mm(dgates.flatten(0, 1).t(), context.flatten(0, 1));
   AdditiveBackwardParams p{};
   const AdditiveCall call(p, d.queries(products), d.key, d.v, d.value, key_valid, lengths);

@@ -215,6 +215,7 @@ Tensor recurrent_mask(const Tensor& seed, at::ArrayRef<double> probabilities, co
   std::vector<int64_t> shape = t.sizes().vec();
   shape.push_back(D * H);
   const Tensor mask = new_empty(shape, seed.options().dtype(at::kByte));
+  if (mask.numel() == 0) return mask;
   MaskParams p{};
   p.rows = t.numel(), p.D = D, p.H = H;
   p.threads = at::in_parallel_region() || mask.numel() < 65536 ? 1 : at::get_num_threads();

@@ -4,6 +4,11 @@
 #include <omp.h>
 #include <sched.h>
 
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#endif
+
 #include "amx.h"
 
 namespace seqkern {
@@ -17,11 +22,18 @@ void parallel(int threads, const F& f) {
     [[maybe_unused]] TilesInUse tiles;
     return f(0, 1);
   }
+#if defined(__SANITIZE_THREAD__)  // it does not see how libgomp's teams begin and end
+  std::vector<std::thread> team;
+  for (int i = 1; i < threads; i++) team.emplace_back([&f, i, threads] { f(i, threads); });
+  f(0, threads);
+  for (std::thread& member : team) member.join();
+#else
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] TilesInUse tiles;
     f(omp_get_thread_num(), omp_get_num_threads());
   }
+#endif
 }
 
 // The part of 0..n that belongs to thread i of `of`: [part_begin(n, i, of), part_begin(n, i + 1,
