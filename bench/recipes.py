@@ -45,7 +45,7 @@ class Case:
 SMALL = ("embed_dim=200", "hidden_size=128", "num_layers=1", "min_freq=2", "batch=16", "epochs=3")
 PAIRS = ("source=eng", "target=fra", "units=3000", "epochs=5", "warmup=200")
 CASES = (
-    Case("names", "names", data="names"),
+    Case("names", "names", ("epochs=8",), "names"),
     Case("names-generate", "names", ("task=generate", "epochs=5"), "names"),
     Case("questions", "questions", data="trec"),
     Case("tagger-ner", "tagger", ("epochs=3",), "wnut17"),

@@ -106,7 +106,7 @@ def crf_forward_kernel(
         t = tl.program_id(0) * 0 + step
         on = counts(p_steps, i_b, t, stride_mt, stride_mb, STEPS)
         p_s += stride_st
-        b_s = tl.load(p_s + o_k, mask=b_in & on, other=0.0)
+        b_s = tl.load(p_s + o_k, mask=o_k < tl.where(on, K, 0), other=0.0)
         b_terms = b_a[:, None] + b_trans
         b_m = highest(b_terms, 0)
         b_next = tl.log(tl.sum(tl.exp(b_terms - b_m[None, :]), 0)) + b_m + b_s
@@ -234,7 +234,7 @@ def crf_decode_kernel(
     for step in range(1, trips(n)):
         t = zero + step
         on = counts(p_steps, i_b, t, stride_mt, stride_mb, STEPS)
-        b_s = tl.load(p_s + t.to(tl.int64) * stride_st + o_k, mask=b_in & on, other=0.0)
+        b_s = tl.load(p_s + t.to(tl.int64) * stride_st + o_k, mask=o_k < tl.where(on, K, 0), other=0.0)
         b_best = tl.max((b_v[:, None] + b_trans) + b_s[None, :], 0)
         b_v = tl.where(on, b_best, b_v)
         tl.store(p_history + t.to(tl.int64) * BLOCK_K + o_k, b_v)
