@@ -2,13 +2,12 @@
 
     python -m bench.numerics [--only LAYER …]
 
-The peer is torch.nn's layer, or, where torch.nn has none, the eager formula in the same dtype. The
-yardstick is the peer in float64 on the same numbers, so float64 itself has none. An error of an element is
-its distance from that, in units in the last place of the dtype at the exact value (of its smallest normal
-number, below it). Where sums cancel, an element that happens to be nearly zero has a large one in any
-arithmetic: the peer's says how large. Elements that the dtype cannot hold are left out; those that should
-be finite and are not, are counted. Results go to bench/results/<CPU model>/numerics/ulp.json; a layer that
-is not run keeps its entries.
+The peer is torch.nn's layer, or, where torch.nn has none, the eager formula, which computes 16 bits within
+float32. The yardstick is the peer in float64 on the same numbers, so float64 itself has none. An element's
+error is its distance from that, in units in the last place of the dtype at the exact value; values below
+eps of the tensor's largest, where a sum has cancelled to nothing, are measured with the unit at that size.
+Elements that the dtype cannot hold are left out; those that should be finite and are not, are counted.
+Results go to bench/results/<CPU model>/numerics/ulp.json; a layer that is not run keeps its entries.
 """
 
 from __future__ import annotations
@@ -93,11 +92,14 @@ def in_range(comparison: Comparison, range_: Callable[[Tensor, torch.finfo], Ten
 
 
 def ulp(found: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Errors of the elements that `dtype` can hold, in units in the last place at the exact value."""
+    """Errors of a tensor's elements that `dtype` can hold, in units in the last place: see above."""
     info = torch.finfo(dtype)
     held = exact.abs() <= info.max
     found, exact = found.double()[held], exact[held]
-    exponent = torch.floor(torch.log2(exact.abs().clamp(min=info.tiny)))
+    if not len(exact):
+        return exact
+    smallest = max(info.tiny, info.eps * exact.abs().max().item())
+    exponent = torch.floor(torch.log2(exact.abs().clamp(min=smallest)))
     return (found - exact).abs() / (info.eps * torch.exp2(exponent))
 
 

@@ -591,7 +591,7 @@ def training_table(found: dict[str, dict]) -> str:
         got = entry["summary"]
         beyond = f"{got['worst']:.2f}; {got['windows_beyond']} of {got['windows']} beyond 1"
         last = f"{got['last_seqkern']:.4f} / {got['last_torch']:.4f}"
-        rows.append([name, entry["steps"], last, f"{got['last_spread']:.4f}", beyond])
+        rows.append([name, str(entry["steps"]), last, f"{got['last_spread']:.4f}", beyond])
     head = ["model", "steps", "last loss, seqkern / torch.nn", "spread", "largest distance in spreads"]
     return table(head, rows) if rows else ""
 

@@ -10,10 +10,24 @@ import sys
 import pytest
 import torch
 
+from seqkern import nn
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases, harness, limits, machine, memory, parity, recipes, report, store  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    harness,
+    limits,
+    machine,
+    memory,
+    numerics,
+    parity,
+    recipes,
+    report,
+    store,
+    training,
+)
 
 RUN = {
     "date": "2026-01-02T03:04Z",
@@ -449,3 +463,55 @@ def test_short_pairs() -> None:
 @pytest.mark.parametrize("case", recipes.CASES, ids=lambda case: case.name)
 def test_every_case_is_a_recipes(case: recipes.Case) -> None:
     assert recipes.metric_of(case) in {"accuracy", "nats", "f1", "bleu"}
+
+
+# ---- errors in ulp, long runs ------------------------------------------------------------------------------
+
+
+def test_errors_are_counted_in_units_of_the_last_place() -> None:
+    eps = torch.finfo(torch.float32).eps
+    exact = torch.tensor([1.0, 1.5, 4.0, -1.0, 1e-9, 1e300, 0.0], dtype=torch.float64)
+    found = torch.tensor([1 + eps, 1.5, 4 + 8 * eps, -1 - 3 * eps, 0.0, float("inf"), 0.0])
+    smallest = 4 * eps * eps  # of the largest that is held, in the last place
+    assert numerics.ulp(found, exact, torch.float32).tolist() == pytest.approx(
+        [1, 0, 2, 3, 1e-9 / smallest, 0]
+    )
+    got = numerics.errors(
+        {"output0": torch.tensor([1 + eps, float("nan")]), "d_x": torch.tensor([1.0])},
+        {"output0": torch.ones(2).double(), "d_x": torch.tensor([1e300]).double()},
+        torch.float32,
+    )
+    assert got["output"] == {"max": 1.0, "mean": 1.0, "elements": 2, "not_finite": 1}
+    assert got["gradient"] == {"max": None, "mean": None, "elements": 0, "not_finite": 0}
+
+
+def test_errors_of_a_layer(tmp_path: pathlib.Path, monkeypatch) -> None:
+    """From the command to the table; an ordinary case is about as good as its peer."""
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    monkeypatch.setattr(numerics, "LONG", 20)
+    assert numerics.main(["--only", "GRU"]) == 0
+    found = numerics.load(str(machine.machine("cpu")["slug"]))
+    assert len(found) == len(numerics.RANGES) * len(numerics.DTYPES)
+    entry = found["GRU, ordinary, float32"]
+    assert entry["seqkern"]["output"]["mean"] < 2 * entry["peer"]["output"]["mean"] < 100
+    assert entry["seqkern"]["output"]["elements"] == 13 * 3 * 16
+    assert "| GRU | ordinary | float32 | torch.nn | " in report.numerics_table(found)
+
+
+@pytest.mark.parametrize("name", training.MODELS)
+def test_long_runs_begin_alike(name: str) -> None:
+    ours, theirs = (training.curve(name, layers, 0, training.WINDOW) for layers in (nn, torch.nn))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours != training.curve(name, torch.nn, 1, training.WINDOW)
+
+
+def test_summary_of_long_runs() -> None:
+    theirs = [[2.0, 1.0], [2.2, 1.2], [2.1, 1.4]]
+    ours = [[2.0, 1.1], [2.2, 1.2], [2.1, 1.3]]
+    got = training.summary(ours, theirs)
+    assert got["worst"] == pytest.approx(0) and got["windows_beyond"] == 0 and got["windows"] == 2
+    assert got["last_spread"] == pytest.approx(0.4)
+    ours[0][1] = 4.0
+    got = training.summary(ours, theirs)
+    assert got["windows_beyond"] == 1 and got["worst"] == pytest.approx((6.5 - 3.6) / 3 / 0.4)
+    assert "| 2.42; 1 of 2 beyond 1 |" in report.training_table({"a": {"steps": 100, "summary": got}})
