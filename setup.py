@@ -43,6 +43,7 @@ class CMakeBuild(build_ext):
         why_not = self.configure_and_build()
         self.built = why_not is None
         if why_not:
+            remove_compiled(self.output)  # of several, those that were built
             line = "=" * 100
             message = f"seqkern is installed without its compiled kernels (eager backend only): {why_not}"
             print(f"{line}\n{message}\n{line}", file=sys.stderr)

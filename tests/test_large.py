@@ -59,6 +59,7 @@ def test_recurrent_inputs_that_lie_far_apart(name: str, dim: int) -> None:
     assert apart.stride(dim) > BEYOND
     near_x, far_x = x.clone().requires_grad_(), apart.requires_grad_()
     near_y, far_y = layer(near_x)[0], layer(far_x)[0]
+    assert near_y.abs().max() > 0.1
     torch.testing.assert_close(far_y, near_y, rtol=0, atol=0)
     for y, given in ((near_y, near_x), (far_y, far_x)):
         y.square().sum().backward(inputs=[given])
@@ -87,6 +88,7 @@ def test_recurrent_outputs_of_more_elements(name: str) -> None:
         del y
         _, state = layer(x[: T // 2])
         again, _ = layer(x[T // 2 :], state)
+    assert end.abs().max() > 0.1
     torch.testing.assert_close(end, again[-1000:], rtol=0.02, atol=0.02)
 
 
@@ -105,6 +107,7 @@ def test_recurrent_backward_of_more_elements() -> None:
         _, state = layer(x[:-last])
     end = x[-last:].detach().requires_grad_()
     (wanted,) = torch.autograd.grad(layer(end, state)[0].sum(), end)
+    assert wanted.abs().max() > 0.1
     torch.testing.assert_close(dx[-last:], wanted, rtol=0.02, atol=2e-3)
     assert dx.isfinite().all()
 
